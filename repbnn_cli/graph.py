@@ -1,0 +1,241 @@
+"""Capture of a network as a torch.fx graph that computes, and learns, exactly what the network does.
+
+`torch.fx.symbolic_trace` loses what binary networks depend on: a custom `autograd.Function` is inlined and its
+straight-through gradient is gone, in-place arithmetic becomes out-of-place, `x.data = v` vanishes, a branch on
+a shape raises. The tracer here keeps all of these:
+
+* every proxy carries the value that the example input gives it, so shape arithmetic and control flow just run;
+  a decision taken on a *tensor's* value is frozen and listed in `Network.notes`;
+* `autograd.Function.apply`, item assignment, in-place operators and `x.data = v` are recorded as nodes;
+* modules with parameters of their own stay whole (`is_leaf`), so their code runs untouched, in train and eval;
+* the module tree is kept as it is, called or not: names, buffers and tied parameters survive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.errors import CaptureError
+from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable
+
+LeafOpinion = Callable[[str, nn.Module], bool | None]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class Network:
+    """A captured network.
+
+    module: runs the graph; shares parameters and leaf modules with the network it was captured from.
+        Every node carries `meta["value"]` (the example's value, tensors on the meta device),
+        `meta["where"]` ("file.py:12") and `meta["path"]` (dotted path of the module whose forward made it).
+    example: the input shapes of the capture, batch included.
+    notes: decisions that the example froze, in the user's terms.
+    """
+
+    module: fx.GraphModule
+    example: tuple[tuple[int, ...], ...]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def batch(self) -> int:
+        return self.example[0][0]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is kept whole: it owns what its forward needs, so tracing inside gains nothing.
+
+    A block that owns one scale beside its children is *not* a leaf: its convolutions would disappear.
+    """
+    if isinstance(module, (fx.GraphModule, *_CONTAINERS)):
+        return False
+    if type(module).__module__.startswith("torch.nn."):
+        return True
+    children = list(module.children())
+    if not children:
+        return True
+    own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
+    below = any(True for child in children for _ in child.parameters())
+    if not below:  # owns all parameters itself, or is a parameter-free helper
+        return True
+    return any(_kernel_like(t) for t in own)
+
+
+def _kernel_like(tensor: Tensor) -> bool:
+    """A kernel has at least two dimensions larger than one, or is stored flat as (N, 1)."""
+    return sum(n > 1 for n in tensor.shape) >= 2 or (tensor.ndim == 2 and tensor.shape[1] == 1 and len(tensor) > 1)
+
+
+def capture(
+    model: nn.Module,
+    input_shape: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    leaf: LeafOpinion | None = None,
+    batch: int = 2,
+    shapes_only: bool = False,
+) -> Network:
+    """Capture `model` as a graph; the model itself is left exactly as it was.
+
+    input_shape: one input without its batch dimension, e.g. (3, 32, 32), or a sequence of such shapes.
+    leaf: overrides `is_leaf` for a path and module (True, False, or None for no opinion).
+    shapes_only: convolutions of torch's and of this package give zeros of the right shape instead of running; their
+        weights are never read (and may be unallocated memory).
+    Raises CaptureError naming file, line and construct.
+    """
+    shapes = _as_shapes(input_shape)
+    like = next(iter(model.parameters()), torch.zeros(()))
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    examples = tuple(
+        torch.randn((batch, *s), generator=generator, dtype=like.dtype, device=like.device) for s in shapes
+    )
+
+    def policy(path: str, module: nn.Module) -> bool:
+        opinion = leaf(path, module) if leaf else None
+        return is_leaf(module) if opinion is None else opinion
+
+    tracer, graph, constants = _trace(model, examples, policy, shapes_only)
+    if tracer.mode_branches:
+        _same_in_both_modes(model, examples, policy, graph, tracer.mode_branches[0])
+    module = assemble(model, graph, tracer.leaf_paths, constants)
+    return Network(module, tuple(tuple(e.shape) for e in examples), tracer.notes)
+
+
+def _trace(
+    model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False
+) -> tuple[Tracer, fx.Graph, dict[str, Tensor]]:
+    tracer = Tracer(examples, leaf, shapes_only=shapes_only)
+    with (
+        unchanged(model, parameters=not shapes_only),
+        torch.no_grad(),
+        interceptable(),
+        tracer.hidden_training_flags(model),
+    ):
+        try:
+            graph = tracer.trace(model)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(explain(error, tracer)) from error
+        tracer.refuse_assignments(model)
+        # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
+        constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
+        constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}
+    return tracer, graph, constants
+
+
+def _same_in_both_modes(
+    model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, graph: fx.Graph, where: str
+) -> None:
+    """A graph holds one branch of `if self.training`; that is right only when the other one gives the same graph."""
+    with unchanged(model):
+        model.train(not model.training)
+        _, other, _ = _trace(model, examples, leaf)
+    if str(other) != str(graph):
+        raise CaptureError(
+            f"{where}: the branch on `self.training` does different things in train and eval mode, and a graph holds "
+            "only one; move it into a module of its own, or keep the enclosing module whole "
+            "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
+        )
+
+
+def assemble(
+    model: nn.Module, graph: fx.Graph, leaves: set[str], constants: dict[str, Tensor] | None = None
+) -> fx.GraphModule:
+    """A GraphModule over the model's whole module tree: same names in the same order, called or not."""
+    tree = _skeleton(model, "", leaves)
+    for name, value in (constants or {}).items():
+        tree.register_buffer(name, value, persistent=False)
+    return KeptGraphModule(tree, graph, class_name=type(model).__name__)
+
+
+class KeptGraphModule(fx.GraphModule):
+    """GraphModule that keeps modules and tensors which its graph does not mention."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name=class_name)
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = root.__dict__[kind]
+        self.training = root.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGraphModule:
+        tree = nn.Module()
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            tree.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
+        copied = KeptGraphModule(tree, copy.deepcopy(self.graph, memo), class_name=self._get_name())
+        for old, new in zip(self.graph.nodes, copied.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        memo[id(self)] = copied
+        return copied
+
+
+def _skeleton(module: nn.Module, path: str, leaves: set[str]) -> nn.Module:
+    bare = nn.Module()
+    bare.training = module.training
+    bare.__dict__["_parameters"] = dict(module._parameters)
+    bare.__dict__["_buffers"] = {n: b for n, b in module._buffers.items() if not n.startswith("_tensor_constant")}
+    bare.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        below = f"{path}.{name}" if path else name
+        whole = child is None or below in leaves or (not isinstance(child, _CONTAINERS) and is_leaf(child))
+        bare._modules[name] = child if whole else _skeleton(child, below, leaves)
+    return bare
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaving the model as it was
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
+    """Restores attributes, tensors, modes and the random state on leaving, whatever a forward did to them.
+
+    parameters: False leaves parameters out, for networks known not to write theirs (a copy of each is kept otherwise).
+    """
+    attributes = [(m, _attributes(m)) for m in model.modules()]
+    tensors = [
+        (t, t.data, t.detach().clone())
+        for t in (*(model.parameters() if parameters else ()), *model.buffers())
+        if not t.is_meta
+    ]
+    with torch.random.fork_rng(devices=sorted({t.device.index or 0 for t, _, _ in tensors if t.is_cuda})):
+        try:
+            yield
+        finally:
+            for module, saved in attributes:
+                _restore(module, saved)
+            with torch.no_grad():
+                for tensor, data, value in tensors:
+                    tensor.data = data.copy_(value)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {n: dict(v) if n in ("_parameters", "_buffers", "_modules") else v for n, v in module.__dict__.items()}
+
+
+def _restore(module: nn.Module, saved: dict[str, Any]) -> None:
+    for name in set(module.__dict__) - set(saved):
+        del module.__dict__[name]
+    for name, value in saved.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[name].clear()
+            module.__dict__[name].update(value)
+        else:
+            module.__dict__[name] = value
+
+
+def _as_shapes(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if all(isinstance(n, int) for n in shape):
+        return (tuple(shape),)  # type: ignore[arg-type]
+    return tuple(tuple(s) for s in shape)  # type: ignore[union-attr]
