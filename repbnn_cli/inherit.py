@@ -1,0 +1,119 @@
+"""How trained tensors fill the tensors of a RepBNN: one small value per way, applied when a plan is applied.
+
+Shape letters: O, I channels of the source convolution, b = β, C channels of a source tensor.
+Source: RepBNN, arXiv 2207.09049, section 3; carrying weights over is this tool's own (the paper trains from scratch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A per-channel tensor for expanded channels: entry j is the source's entry index[j] along `axis`."""
+
+    axis: int
+    index: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.index_select(self.axis, _long(self.index, tensor))
+
+    def describe(self) -> str:
+        return "tiled"
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which b original filters share each of the O/b convolution channels: (O/b) groups of b.
+
+    fold: channel o holds o, o + O/b, ...: the originals that the repeat maps to it.
+    reshape: channel o holds o·b … o·b + b − 1: the literal kernel.reshape(O/b, I·b, ...).
+    With `groups` the same holds within each block of O/groups filters.
+    """
+
+    out_channels: int
+    beta: int
+    inherit: str
+    groups: int = 1
+
+    def table(self) -> Tensor:
+        per = self.out_channels // self.groups // self.beta
+        filters = torch.arange(self.out_channels).view(self.groups, -1)
+        if self.inherit == "reshape":
+            return filters.view(self.groups * per, self.beta)
+        return filters.view(self.groups, self.beta, per).transpose(1, 2).reshape(self.groups * per, self.beta)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A tensor on a convolution's own output: O values → O/b, each the mean of those whose filters it now serves."""
+
+    axis: int
+    members: Members
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        table = self.members.table().to(tensor.device)
+        picked = tensor.index_select(self.axis, table.flatten()).unflatten(self.axis, table.shape)
+        if not tensor.is_floating_point():
+            return picked.select(self.axis + 1, 0)
+        return picked.mean(self.axis + 1)
+
+    def describe(self) -> str:
+        return f"mean of {self.members.beta}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel (O, I, k...) as (O/b, I·b, k...): K[o, j] = W[members[o][replica[j]], column[j]].
+
+    column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
+    stored: the shape in which the module keeps its kernel, when that is flat.
+    """
+
+    shape: tuple[int, ...]
+    members: Members
+    column: tuple[int, ...]
+    replica: tuple[int, ...]
+    flat: bool = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        source = tensor.reshape(self.shape)
+        table = self.members.table().to(tensor.device)
+        filters = table[:, _long(self.replica, tensor)]
+        kernel = source[filters, _long(self.column, tensor)[None, :]]
+        return kernel.reshape(-1, *tensor.shape[1:]) if self.flat else kernel
+
+    def describe(self) -> str:
+        return self.members.inherit
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The inputs of a last layer (or of one that ends the expansion), along axis 1, times `scale`.
+
+    groups: the source columns that each kept input stands for; their weights are summed (one each in ways 1 and 2).
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    scale: float = 1.0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        table = torch.tensor(self.groups, device=tensor.device)
+        picked = tensor.index_select(1, table[:, 0])
+        for column in table.t()[1:]:
+            picked = picked + tensor.index_select(1, column)
+        return picked * self.scale if self.scale != 1.0 else picked
+
+    def describe(self) -> str:
+        return "tiled / β" if self.scale != 1.0 else ("summed" if len(self.groups[0]) > 1 else "selected")
+
+
+Recipe = Tile | Mean | Kernel | Columns
+
+
+def _long(values: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=like.device)

@@ -1,0 +1,66 @@
+"""What a transform will do, as values: which module changes how, and the graph of the Rep network.
+
+`--dry-run` prints a Plan, `surgery.apply` carries it out; making one changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from repbnn_cli.channels import State
+from repbnn_cli.graph import Network
+from repbnn_cli.inherit import Recipe
+from repbnn_cli.recognize import Layer
+from repbnn_cli.rules import RuleSet
+
+
+@dataclass(frozen=True)
+class ModuleEdit:
+    """One module (or one parameter used by a forward directly) and what becomes of it.
+
+    action: repeat_output, rep_conv, rep_batch_norm, batch_norm, per_channel, parameter, depthwise, select_inputs.
+    tensors: (name within the module, recipe); channels: (in, out) the module has afterwards; repeats: of its output.
+    before, after: shapes for people to read. reset: fresh initialisation instead of the recipes' values.
+    """
+
+    path: str
+    part: str
+    rule: str
+    where: str
+    role: str
+    action: str
+    before: str
+    after: str
+    tensors: tuple[tuple[str, Recipe], ...] = ()
+    channels: tuple[int, int] | None = None
+    repeats: int = 1
+    reset: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a tensor of the source network is found in the Rep network: node name there, and its channel map."""
+
+    node: str
+    state: State
+
+
+@dataclass
+class Plan:
+    """Everything `apply` needs. `steps`: source node name → Step; `added`: path → helper layer that the graph calls."""
+
+    network: Network
+    layers: Mapping[str, Layer]
+    rules: RuleSet
+    graph: fx.Graph
+    edits: tuple[ModuleEdit, ...]
+    added: dict[str, nn.Module]
+    steps: dict[str, Step]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def beta(self) -> int:
+        return self.rules.options.beta

@@ -1,0 +1,329 @@
+"""What each module of a captured network is: its role, its kernel, its tensors sized by channel.
+
+Order of authority: a declaration in a rule file, then our own and torch's types, then what the module does on its
+input (`probe`). Every verdict carries its evidence. What cannot be told is `unknown` with the reason; it is refused
+only where it would have to handle an expanded tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from repbnn_cli.rules import ModuleRule
+from torch import Tensor, fx, nn
+
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.errors import RulesError
+from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.probe import ConvFacts
+from repbnn_cli.tracer import fetch
+
+CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
+Declare = Callable[[str, tuple[str, ...]], ModuleRule | None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of the graph.
+
+    kernel: name of the kernel tensor within the module, kernel_shape: it viewed as (O, I/groups, k...).
+    out_tensors, in_tensors: tensor name → the axis that is sized by output or input channel.
+    same_tensors: further tensors shaped like the kernel (a binarised copy, say), treated like it.
+    attributes: cached Python numbers, name → what they hold, as declared.
+    """
+
+    path: str
+    role: str
+    evidence: str
+    kernel: str = ""
+    kernel_shape: tuple[int, ...] = ()
+    groups: int = 1
+    weight_bits: int = 32
+    activation_bits: int = 32
+    out_tensors: Mapping[str, int] = field(default_factory=dict)
+    in_tensors: Mapping[str, int] = field(default_factory=dict)
+    same_tensors: tuple[str, ...] = ()
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    convolutions: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        return self.kernel_shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.kernel_shape[1] * self.groups
+
+    @property
+    def binary(self) -> bool:
+        return self.role in ("binary_conv", "binary_linear") or (
+            self.role == "depthwise_conv" and self.weight_bits == 1
+        )
+
+
+def type_names(module: nn.Module) -> tuple[str, ...]:
+    """Class name and dotted path of every class from the module's own up to nn.Module."""
+    classes = [c for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+    return tuple(n for c in classes for n in (c.__name__, f"{c.__module__}.{c.__qualname__}"))
+
+
+def recognize(network: Network, declare: Declare | None = None) -> dict[str, Layer]:
+    """Module path → Layer, for every module that the graph calls, in order of the first call."""
+    layers: dict[str, Layer] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module" and node.target not in layers:
+            module = fetch(network.module, node.target)
+            declared = declare(node.target, type_names(module)) if declare else None
+            layers[node.target] = _recognize(node, module, declared)
+    return layers
+
+
+def _recognize(node: fx.Node, module: nn.Module, declared: ModuleRule | None) -> Layer:
+    path = str(node.target)
+    if declared is not None and declared.role is not None:
+        return _declared(node, module, declared)
+    if isinstance(module, BinaryConv2d):
+        return _own(path, module)
+    convs: list[ConvFacts] = node.meta.get("convs", [])
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and (
+        type(module).__module__.startswith("torch.nn.") or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)
+    ):
+        return _torch_conv(path, module, convs)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return Layer(path, "batch_norm", f"is a {type(module).__name__}")
+    tensors = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1}
+    if convs:
+        return _probed(node, module, convs, tensors)
+    if not tensors:
+        return Layer(path, "weightless", "has no tensors with more than one value")
+    return _per_channel(node, module, tensors)
+
+
+def _own(path: str, module: BinaryConv2d) -> Layer:
+    o, i = module.kernel_shape[:2]
+    return Layer(
+        path,
+        "binary_conv",
+        f"is a {type(module).__name__} of this package",
+        kernel=module.kernel_name,
+        kernel_shape=tuple(module.kernel_shape),
+        weight_bits=module.weight_bits,
+        activation_bits=module.activation_bits,
+        out_tensors={n: _axis(getattr(module, n), o) for n in module.out_channel_tensors},
+        in_tensors={n: _axis(getattr(module, n), i) for n in module.in_channel_tensors},
+    )
+
+
+def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    groups = int(getattr(module, "groups", 1))
+    linear = isinstance(module, nn.Linear)
+    weight_bits = min((c.weight_bits for c in convs), default=32)
+    role = ("binary" if weight_bits == 1 else "float") + ("_linear" if linear else "_conv")
+    if groups > 1 and weight.shape[1] == 1:
+        role = "depthwise_conv"
+    kernel = "weight"
+    if not isinstance(dict(module.named_parameters()).get("weight"), Tensor):  # parametrised: the latent tensor
+        kernel = next((n for n, p in module.named_parameters() if p.shape == weight.shape), "")
+    return Layer(
+        path,
+        role,
+        f"is a {type(module).__name__}",
+        kernel=kernel,
+        kernel_shape=tuple(weight.shape),
+        groups=groups,
+        weight_bits=weight_bits,
+        activation_bits=min((c.activation_bits for c in convs), default=32),
+        out_tensors={"bias": 0} if getattr(module, "bias", None) is not None else {},
+    )
+
+
+def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: dict[str, Tensor]) -> Layer:
+    """A foreign module that convolves: role and kernel from the convolutions it was seen to run."""
+    path, first = str(node.target), convs[0]
+    name = type(module).__name__
+
+    def unknown(why: str, remedy: str) -> Layer:
+        return Layer(path, "unknown", f"{name} {why}; {remedy}")
+
+    if any(c.kernel_shape != first.kernel_shape or c.groups != first.groups for c in convs):
+        return unknown("runs convolutions of different shapes", "trace into it (rule file: `leaf: false`)")
+    shape = first.kernel_shape
+    size = torch.Size(shape).numel()
+    parameters = dict(module.named_parameters())
+    candidates = [n for n, t in tensors.items() if n in parameters and t.numel() == size]
+    exact = [n for n in candidates if tuple(tensors[n].shape) == shape]
+    candidates = exact or candidates
+    if len(candidates) != 1:
+        found = ", ".join(candidates) or "none"
+        return unknown(
+            f"has {len(candidates)} candidates for its kernel ({found})", "name it (`kernel:`) in a rule file"
+        )
+    kernel = candidates[0]
+    same = tuple(n for n, t in tensors.items() if n != kernel and tuple(t.shape) == tuple(tensors[kernel].shape))
+    others = {n: t for n, t in tensors.items() if n != kernel and n not in same}
+    out_tensors, in_tensors, bad = _channel_tensors(node, module, others, shape[0], shape[1] * first.groups)
+    if bad:
+        return unknown(
+            f"has the tensor {bad}, whose channel axis cannot be told", "declare it (`per_channel:`) in a rule file"
+        )
+    weight_bits = min(c.weight_bits for c in convs)
+    kind = "_linear" if first.kind == "linear" else "_conv"
+    role = (
+        "depthwise_conv" if first.groups > 1 and shape[1] == 1 else ("binary" if weight_bits == 1 else "float") + kind
+    )
+    activation_bits = max(c.activation_bits for c in convs)
+    return Layer(
+        path,
+        role,
+        f"{name} was seen to apply a kernel {shape} with {weight_bits}-bit weights and {activation_bits}-bit inputs",
+        kernel=kernel,
+        kernel_shape=shape,
+        groups=first.groups,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        out_tensors=out_tensors,
+        in_tensors=in_tensors,
+        same_tensors=same,
+        convolutions=len(convs),
+    )
+
+
+def _channel_tensors(
+    node: fx.Node, module: nn.Module, tensors: dict[str, Tensor], out: int, into: int
+) -> tuple[dict[str, int], dict[str, int], str]:
+    """Tensors with one axis longer than 1, by size; where O = I, by which outputs a change of one value reaches."""
+    out_tensors: dict[str, int] = {}
+    in_tensors: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        long = [a for a, n in enumerate(tensor.shape) if n > 1]
+        if len(long) != 1 or tensor.shape[long[0]] not in (out, into):
+            return {}, {}, f"{name} {tuple(tensor.shape)}"
+        size = tensor.shape[long[0]]
+        side = _reaches(node, module, tensor, long[0]) if out == into else ("out" if size == out else "in")
+        if side is None:
+            return {}, {}, f"{name} {tuple(tensor.shape)}"
+        (out_tensors if side == "out" else in_tensors)[name] = long[0]
+    return out_tensors, in_tensors, ""
+
+
+def _reaches(node: fx.Node, module: nn.Module, tensor: Tensor, axis: int) -> str | None:
+    """ "out" when changing entry 0 changes output channel 0 alone, "in" when it changes others, None when nothing."""
+    inputs = _example_inputs(node, tensor)
+    with unchanged(module), torch.no_grad():
+        before = _first_tensor(module(*inputs))
+        for change in (lambda t: t + 1.0, lambda t: -3.0 * t - 1.0, lambda t: t - 10.0):
+            entry = tensor.data.narrow(axis, 0, 1)
+            kept = entry.clone()
+            entry.copy_(change(kept))
+            after = _first_tensor(module(*inputs))
+            entry.copy_(kept)
+            moved = (before - after).abs().amax(dim=[d for d in range(before.ndim) if d != 1]) > 0
+            if bool(moved.any()):
+                return "out" if bool(moved[0]) and not bool(moved[1:].any()) else "in"
+    return None
+
+
+def _example_inputs(node: fx.Node, like: Tensor) -> list[Any]:
+    generator = torch.Generator(device=like.device).manual_seed(0)
+
+    def example(arg: Any) -> Any:
+        value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
+        if not isinstance(value, Tensor):
+            return value
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=like.device)
+
+    return [example(a) for a in node.args]
+
+
+def _first_tensor(value: Any) -> Tensor:
+    while not isinstance(value, Tensor):
+        value = value[0]
+    return value
+
+
+def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -> Layer:
+    path, name = str(node.target), type(module).__name__
+    shapes = [a.meta["value"] for a in node.all_input_nodes]
+    x = shapes[0] if shapes and isinstance(shapes[0], Tensor) and shapes[0].ndim >= 2 else None
+    channels = x.shape[1] if x is not None else 0
+    axes = {n: [a for a, size in enumerate(t.shape) if size > 1] for n, t in tensors.items()}
+    wrong = [n for n, a in axes.items() if len(a) != 1 or tensors[n].shape[a[0]] != channels]
+    result = node.meta["value"]
+    mixes = not isinstance(result, Tensor) or x is None or result.ndim < 2 or result.shape[1] != channels
+    if wrong or mixes:
+        why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
+        return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
+    return Layer(
+        path,
+        "per_channel",
+        f"{name} has {channels} channels in and out and only tensors of that size",
+        in_tensors={n: a[0] for n, a in axes.items()},
+    )
+
+
+def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
+    path = str(node.target)
+    if rule.role not in CONVOLUTIONS:
+        tensors = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1}
+        if rule.role == "per_channel" and not rule.per_channel:
+            layer = _per_channel(node, module, tensors)
+            if layer.role == "unknown":
+                raise RulesError(f"{rule.where} per_channel: {path}: {layer.evidence}")
+            return layer
+        axes = {n: p.axis for n, p in rule.per_channel.items()}
+        _check_tensors(rule, path, module, axes)
+        return Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
+    kernel = rule.kernel or "weight"
+    _check_tensors(rule, path, module, [kernel, *rule.per_channel])
+    tensor: Tensor = fetch(module, kernel)
+    shape = tuple(tensor.shape)
+    if rule.kernel_shape:
+        shape = tuple(_number(rule, path, module, n, i) for i, n in enumerate(rule.kernel_shape))
+    if torch.Size(shape).numel() != tensor.numel():
+        raise RulesError(
+            f"{rule.where} kernel_shape: {path}.{kernel} holds {tensor.numel()} values, {list(shape)} needs "
+            f"{torch.Size(shape).numel()}"
+        )
+    convs: list[ConvFacts] = node.meta.get("convs", [])
+    activation = rule.activation_bits or max((c.activation_bits for c in convs), default=32)
+    return Layer(
+        path,
+        str(rule.role),
+        f"declared at {rule.where}",
+        kernel=kernel,
+        kernel_shape=shape,
+        groups=convs[0].groups if convs else int(getattr(module, "groups", 1)),
+        weight_bits=rule.weight_bits or (1 if str(rule.role).startswith("binary") else 32),
+        activation_bits=activation if activation != 32 or not str(rule.role).startswith("binary") else 1,
+        out_tensors={n: p.axis for n, p in rule.per_channel.items() if p.channels == "out"},
+        in_tensors={n: p.axis for n, p in rule.per_channel.items() if p.channels == "in"},
+        attributes=rule.attributes,
+        convolutions=max(1, len(convs)),
+    )
+
+
+def _check_tensors(rule: ModuleRule, path: str, module: nn.Module, names: Any) -> None:
+    present = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in names:
+        if name not in present:
+            raise RulesError(f"{rule.where}: {path} has no tensor {name!r}; it has {', '.join(present) or 'none'}")
+
+
+def _number(rule: ModuleRule, path: str, module: nn.Module, value: int | str, position: int) -> int:
+    """A kernel_shape entry: an int, or an attribute of the module (one of a tuple, for kernel_size)."""
+    if isinstance(value, int):
+        return value
+    held = getattr(module, value, None)
+    if isinstance(held, tuple | list) and held:
+        held = held[max(0, position - 2) % len(held)]
+    if not isinstance(held, int):
+        raise RulesError(f"{rule.where} kernel_shape: {path} has no whole number {value!r}")
+    return held
+
+
+def _axis(tensor: Tensor, size: int) -> int:
+    return next((a for a, n in enumerate(tensor.shape) if n == size), 0)

@@ -1,0 +1,206 @@
+"""RepConv, RepBconv and the BatchNorm that follows a repeat (RepBNN, arXiv 2207.09049, section 3).
+
+Shape letters: O, I output and input channels of the source convolution; b = β; k the kernel's spatial size.
+
+A RepConv has the kernel (O/b, I·b, k, k): as many weights and multiply-accumulates as (O, I, k, k). Its output is
+repeated b² times along the channels: result channel j is convolution channel j mod (O/b), O·b channels in all.
+Where a BatchNorm follows, the repeat is left to it (`repeats == 1` on the convolution, b² on the BatchNorm), so that
+the repeated tensor never exists before it is normalised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repbnn_cli.errors import UsageError
+
+
+def repeat_channels(x: Tensor, repeats: int, groups: int = 1) -> Tensor:
+    """(N, C, ...) → (N, C·repeats, ...): channel j of the result is channel j mod C of x.
+
+    With groups the repeat is within each of `groups` blocks of channels: grouped convolutions keep their groups.
+    """
+    if repeats == 1:
+        return x
+    n, c, *rest = x.shape
+    blocks = x.reshape(n, groups, 1, c // groups, *rest).expand(n, groups, repeats, c // groups, *rest)
+    return blocks.reshape(n, c * repeats, *rest)
+
+
+class RepMixin:
+    """What makes a convolution or linear layer a repeating one; `beta`, and `repeats` of its output."""
+
+    beta: int
+    repeats: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        compact = super().forward(x)  # type: ignore[misc]
+        return repeat_channels(compact, self.repeats, getattr(self, "groups", 1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, beta={self.beta}, repeats={self.repeats}"  # type: ignore[misc]
+
+
+class RepConv2d(RepMixin, nn.Conv2d):
+    """Full-precision RepConv: (N, I·b, H, W) → (N, O·b, H', W') at the cost of an I → O convolution.
+
+    Arguments are those of the nn.Conv2d it replaces (I and O channels), and `beta`, which has to divide O.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, beta: int = 2, **kwargs: Any) -> None:
+        if out_channels % beta:
+            raise UsageError(f"RepConv2d: beta {beta} does not divide {out_channels} output channels")
+        super().__init__(in_channels * beta, out_channels // beta, *args, **kwargs)
+        self.beta, self.repeats = beta, beta * beta
+
+
+class RepBconv2d(RepMixin):
+    """Marks a binary RepConv. Mixed into the class of the binary convolution it came from, whose binarisation,
+    gradient estimator and tensor names it keeps: see `make_rep`."""
+
+
+class RepLinear(RepMixin, nn.Linear):
+    """A hidden linear layer as a RepConv: (N, I·b) → (N, O·b) at the cost of an I → O layer."""
+
+
+_made: dict[tuple[type, type], type] = {}
+
+
+def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool) -> nn.Module:
+    """Turns a convolution or linear layer, already resized to (O/b, I·b), into its repeating form, in place.
+
+    Only the class changes: tensors, names, hooks and attributes stay. isinstance(module, RepBconv2d) holds for every
+    binary one, isinstance(module, RepMixin) for all.
+    """
+    cls = type(module)
+    mixin = RepBconv2d if binary else {nn.Conv2d: RepConv2d, nn.Linear: RepLinear}.get(cls, RepMixin)
+    if mixin in (RepConv2d, RepLinear):
+        module.__class__ = mixin
+    else:
+        key = (cls, mixin)
+        if key not in _made:
+            _made[key] = type(f"Rep{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
+        module.__class__ = _made[key]
+    module.beta, module.repeats = beta, repeats  # type: ignore[assignment]
+    return module
+
+
+class Repeat(nn.Module):
+    """The repeat as a layer of its own, where no BatchNorm takes it over."""
+
+    def __init__(self, repeats: int, groups: int = 1) -> None:
+        super().__init__()
+        self.repeats, self.groups = repeats, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return repeat_channels(x, self.repeats, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"repeats={self.repeats}" + (f", groups={self.groups}" if self.groups > 1 else "")
+
+
+class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over a tensor repeated `repeats` times, computed on its distinct channels.
+
+    Takes (N, C, ...) and gives (N, C·repeats, ...), equal in outputs, batch statistics and running statistics to a
+    BatchNorm with C·repeats channels over `repeat_channels(x, repeats)`; weight, bias and running statistics have
+    the C·repeats entries (and names) of that BatchNorm. In training mean, variance and x̂ are computed once per
+    distinct channel: the copies would only compute the same numbers again (RepBNN, section 4.4).
+    """
+
+    def __init__(self, num_features: int, repeats: int = 1, **kwargs: Any) -> None:
+        super().__init__(num_features, **kwargs)
+        self.repeats = repeats
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        n, c, *rest = x.shape
+        tail = (1,) * len(rest)
+
+        def per_copy(values: Tensor) -> Tensor:
+            return values.view(1, self.repeats, c, *tail)
+
+        if self.training or self.running_mean is None or self.running_var is None:
+            normalised = self._normalise(x).unsqueeze(1)
+            if self.weight is not None:
+                out = torch.addcmul(per_copy(self.bias), normalised, per_copy(self.weight))
+            else:
+                out = normalised.expand(n, self.repeats, c, *rest)
+        else:
+            # Running statistics may differ between copies (a transform tiles those of the source network).
+            scale = (self.running_var + self.eps).rsqrt()
+            scale = scale * self.weight if self.weight is not None else scale
+            shift = -self.running_mean * scale
+            shift = shift + self.bias if self.bias is not None else shift
+            out = torch.addcmul(per_copy(shift), x.unsqueeze(1), per_copy(scale))
+        return out.reshape(n, self.repeats * c, *rest)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """x̂ by batch statistics, (N, C, ...); updates the running statistics of all copies."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return F.batch_norm(x, None, None, training=True, eps=self.eps)
+        c = x.shape[1]
+        dtype, device = self.running_mean.dtype, self.running_mean.device
+        mean, var = torch.zeros(c, dtype=dtype, device=device), torch.ones(c, dtype=dtype, device=device)
+        normalised = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.view(self.repeats, c).lerp_(mean, momentum)
+            self.running_var.view(self.repeats, c).lerp_(var, momentum)
+        return normalised
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, repeats={self.repeats}"
+
+
+class RepBatchNorm1d(_RepBatchNorm, nn.BatchNorm1d):
+    """See _RepBatchNorm; input (N, C) or (N, C, L)."""
+
+
+class RepBatchNorm2d(_RepBatchNorm, nn.BatchNorm2d):
+    """See _RepBatchNorm; input (N, C, H, W)."""
+
+
+class ChannelSelect(nn.Module):
+    """x[:, index]: the inputs that a last layer takes (ways 2 and 3), or a reordering of replicas.
+
+    index: the channels taken, along axis 1. A plain prefix is a slice and copies nothing.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+        self.prefix = bool(torch.equal(index, torch.arange(len(index))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : len(self.index)] if self.prefix else x.index_select(1, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)} channels"
+
+
+def fold(x: Tensor, beta: int) -> Tensor:
+    """(N, β·C, ...) in replicas of C → (N·β, C, ...): an operation without parameters then sees the source's shape."""
+    return x.reshape(x.shape[0] * beta, x.shape[1] // beta, *x.shape[2:])
+
+
+def unfold(x: Tensor, beta: int) -> Tensor:
+    """(N·β, C, ...) → (N, β·C, ...), the reverse of `fold`."""
+    return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
+
+
+def repeat_batch(x: Tensor, beta: int) -> Tensor:
+    """(N, ...) → (N·β, ...): each sample β times, beside the replicas of a folded tensor."""
+    return x.repeat_interleave(beta, 0)
+
+
+def add_channels(x: Tensor, beta: int) -> Tensor:
+    """(N, C, ...) → (N, β·C, ...): an unexpanded tensor beside an expanded one."""
+    return repeat_channels(x, beta)

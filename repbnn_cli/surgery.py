@@ -1,0 +1,260 @@
+"""Turns a captured network into its RepBNN: `plan` says what will happen, `apply` does it on a copy.
+
+RepTran, RepBNN (arXiv 2207.09049), section 4; which rule says what is in rules/*.yaml, nowhere here.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.errors import SurgeryError
+from repbnn_cli.graph import KeptGraphModule, Network, unchanged
+from repbnn_cli.plan import ModuleEdit, Plan, Step
+from repbnn_cli.positions import holds_tensor, positions
+from repbnn_cli.probe import ConvCalls
+from repbnn_cli.channels import operator_name
+from repbnn_cli.recognize import Layer, recognize, type_names
+from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, make_rep
+from repbnn_cli.rewrite import Rewriter, subject_of
+from repbnn_cli.rules import RuleSet, Subject
+from repbnn_cli.tracer import fetch
+
+_REP_BATCH_NORM = {nn.BatchNorm1d: RepBatchNorm1d, nn.BatchNorm2d: RepBatchNorm2d}
+_FRESH_SEED = 0
+
+
+def plan(network: Network, rules: RuleSet) -> Plan:
+    """What `rules` make of `network`, as values; changes nothing.
+
+    Raises RulesError (a rule matches nothing, or two claim one module), UsageError (β does not divide a layer),
+    SurgeryError (an operator or module that cannot carry expanded channels), each naming the place.
+    """
+    layers = recognize(network, rules.declare)
+    if rules.options.beta == 1:  # the identity: nothing is repeated, so nothing is touched
+        steps = {n.name: Step(n.name, None) for n in network.graph.nodes if n.op != "output"}
+        return Plan(network, layers, rules, copy.deepcopy(network.graph), (), {}, steps)
+    assigned = rules.assign(subjects(network, layers))
+    options = rules.options
+    walk = Rewriter(
+        network, layers, assigned, beta=options.beta, inherit=options.inherit, last_layer=options.last_layer
+    )
+    walk.run()
+    edits = tuple(walk.edits.values())
+    if not edits:
+        raise SurgeryError(
+            "the rules change nothing: no first layer was found whose output is repeated; "
+            f"check the rule with `apply: repeat_output` in {rules.source}"
+        )
+    return Plan(network, layers, rules, walk.graph, edits, walk.added, walk.steps, walk.notes)
+
+
+def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
+    """Everything a rule can match: modules, operators without parameters, parameters that a forward uses directly."""
+    position = positions(network, layers)
+    found = []
+    for path, layer in layers.items():
+        names = type_names(fetch(network.module, path))
+        found.append(Subject(path, names, layer.role, position.get(path, "")))
+    parameters = dict(network.module.named_parameters())
+    for node in network.graph.nodes:
+        if node.op in ("call_function", "call_method") and holds_tensor(node.meta["value"]):
+            found.append(Subject(subject_of(node), (operator_name(node),), "weightless", ""))
+        elif node.op == "get_attr" and node.target in parameters:
+            found.append(Subject(subject_of(node), ("Parameter",), "per_channel", ""))
+    return found
+
+
+def apply(plan: Plan) -> fx.GraphModule:
+    """The Rep network, as a new module; the captured one keeps its tensors.
+
+    dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
+    become the same tensor.
+    """
+    source = plan.network.module
+    edited = {id(fetch(source, f"{e.path}.{name}" if e.path else name)) for e in plan.edits for name, _ in e.tensors}
+    # Kernels are most of the memory: those that are replaced are not copied first.
+    memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
+    tree = nn.Module()
+    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        tree.__dict__[kind] = copy.deepcopy(source.__dict__[kind], memo)
+    made: dict[tuple[int, Any], Tensor] = {}
+    for edit in plan.edits:
+        _carry_out(tree, edit, plan, made)
+    for path, module in plan.added.items():
+        parent, _, name = path.rpartition(".")
+        helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
+        fetch(tree, parent).add_module(name, helper) if parent else tree.add_module(name, helper)
+        helper.train(source.training)
+    result = KeptGraphModule(tree, copy.deepcopy(plan.graph), class_name=f"Rep{source._get_name()}")
+    result.recompile()
+    result.graph.lint()
+    return result
+
+
+def _carry_out(tree: nn.Module, edit: ModuleEdit, plan: Plan, made: dict[tuple[int, Any], Tensor]) -> None:
+    module = fetch(tree, edit.path) if edit.path else tree
+    if edit.action in ("repeat_output", "parameter"):
+        _set_tensors(module if edit.action != "parameter" else fetch_parent(tree, edit), edit, made)
+        return
+    layer = plan.layers[edit.path]
+    assert edit.channels is not None
+    if isinstance(module, BinaryConv2d):
+        module.resize(*edit.channels)
+    _set_tensors(module, edit, made)
+    _set_known_numbers(module, edit)
+    if not isinstance(module, BinaryConv2d) and not type(module).__module__.startswith("torch.nn."):
+        _fit_numbers(module, edit, layer, plan.network)
+    if edit.reset:
+        _reset(module, layer)
+    if isinstance(module, BinaryConv2d) and hasattr(module, "rotate_"):
+        module.rotate_()  # RBNN: R1 and R2 have other sizes now
+    if edit.action == "rep_conv":
+        make_rep(module, plan.beta, edit.repeats, binary=layer.binary)
+    elif edit.action == "rep_batch_norm":
+        module.__class__ = _REP_BATCH_NORM[type(module)]
+        module.repeats = edit.repeats
+
+
+def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
+    """The module that owns an edited parameter."""
+    parent, _, _ = edit.path.rpartition(".")
+    owner: nn.Module = fetch(tree, parent) if parent else tree
+    return owner
+
+
+def _set_tensors(module: nn.Module, edit: ModuleEdit, made: dict[tuple[int, Any], Tensor]) -> None:
+    for name, recipe in edit.tensors:
+        owner_path, _, leaf = name.rpartition(".")
+        owner = fetch(module, owner_path) if owner_path else module
+        old: Tensor = getattr(owner, leaf)
+        key = (id(old), recipe)
+        if key not in made:
+            with torch.no_grad():
+                value = recipe(old.detach()).contiguous()
+            made[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        kind = owner._parameters if leaf in owner._parameters else owner._buffers
+        kind[leaf] = made[key]  # type: ignore[assignment]
+
+
+def _set_known_numbers(module: nn.Module, edit: ModuleEdit) -> None:
+    """in_channels and the like of torch's own classes and their subclasses."""
+    assert edit.channels is not None
+    into, out = edit.channels
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        module.in_channels, module.out_channels = into, out
+        if edit.action == "depthwise":
+            module.groups = into
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = into, out
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = out
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that a foreign module keeps beside its tensors
+
+
+def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Network) -> None:
+    """Updates cached channel numbers of somebody else's module: those declared, then as few as make it run."""
+    assert edit.channels is not None
+    into, out = edit.channels
+    new_shape = (out, into // max(1, getattr(module, "groups", 1)), *layer.kernel_shape[2:])
+    fan_in = torch.Size(new_shape[1:]).numel()
+    values = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}
+    for name, meaning in layer.attributes.items():
+        if not hasattr(module, name):
+            raise SurgeryError(f"{edit.path}: has no attribute {name!r}, which a rule file declares; remove it there")
+        if meaning in values:
+            old = getattr(module, name)
+            setattr(module, name, type(old)(values[meaning]) if isinstance(old, list | tuple) else values[meaning])
+    if layer.kernel_shape:
+        for owner in module.modules():
+            for name, value in vars(owner).items():
+                if isinstance(value, tuple | list | torch.Size) and tuple(value) == layer.kernel_shape:
+                    setattr(owner, name, type(value)(new_shape))
+    run = _trial(module, edit, network)
+    failure = run()
+    if failure is None:
+        return
+    for choice in _number_choices(module, layer, edit, network):
+        for owner, name, value in choice:
+            setattr(owner, name, value)
+        if run() is None:
+            return
+    raise SurgeryError(
+        f"{edit.path}: {type(module).__name__} does not run with its resized tensors ({failure}); declare the numbers it "
+        "keeps (rule file: `modules: [{match: {path: ...}, attributes: {name: in_channels}}]`)"
+    )
+
+
+def _trial(module: nn.Module, edit: ModuleEdit, network: Network) -> Callable[[], str | None]:
+    """Runs the resized module on a random input; None when it gives the channels that the plan expects."""
+    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == edit.path)
+    assert edit.channels is not None
+    into, out = edit.channels
+    like = next(iter(module.parameters()), torch.zeros(()))
+
+    def argument(arg: Any) -> Any:
+        value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
+        if not isinstance(value, Tensor):
+            return value
+        shape = (value.shape[0], into, *value.shape[2:]) if value.ndim > 1 else value.shape
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+    def run() -> str | None:
+        with unchanged(module), torch.no_grad(), ConvCalls():
+            try:
+                result = module(*[argument(a) for a in node.args])
+            except Exception as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if not isinstance(result, Tensor) or result.shape[1] != out:
+            return f"gives {tuple(getattr(result, 'shape', ()))}, expected {out} channels"
+        return None
+
+    return run
+
+
+def _number_choices(
+    module: nn.Module, layer: Layer, edit: ModuleEdit, network: Network
+) -> Iterator[list[tuple[nn.Module, str, int]]]:
+    """Ways to give plain ints of the old channel numbers their new values, fewest changes first."""
+    assert edit.channels is not None
+    into, out = edit.channels
+    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == edit.path)
+    old_in = layer.in_channels if layer.kernel_shape else node.all_input_nodes[0].meta["value"].shape[1]
+    old_out = layer.out_channels if layer.kernel_shape else old_in
+    options: list[list[tuple[nn.Module, str, int]]] = []
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            if type(value) is int and value in (old_in, old_out) and not name.startswith("_"):
+                new = {value, into if value == old_in else value, out if value == old_out else value}
+                options.append([(owner, name, v) for v in (value, *sorted(new - {value}))])
+    if len(options) <= 6:
+        choices = itertools.product(*options)
+        yield from (
+            list(c)
+            for c in sorted(choices, key=lambda c: sum(v != o[0][2] for (_, _, v), o in zip(c, options, strict=True)))
+        )
+
+
+def _reset(module: nn.Module, layer: Layer) -> None:
+    """`--inherit none`: a fresh start, the same one every time; scales and shifts of norms back to 1 and 0."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(_FRESH_SEED)
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif layer.kernel:
+            kernel: Tensor = fetch(module, layer.kernel)
+            fan_in = kernel.numel() // max(1, getattr(module, "out_channels", 0) or kernel.shape[0])
+            bound = fan_in**-0.5  # torch's own default for convolutions
+            kernel.uniform_(-bound, bound)
