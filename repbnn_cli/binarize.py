@@ -77,8 +77,11 @@ class _ScaledSign(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        clipped = x.clamp(-1, 1)
-        return scale * x.sign() - clipped + clipped
+        signed = x.sign().mul_(scale)
+        for part, kernel in zip(signed.split(64), x.split(64), strict=True):  # no second copy of a large kernel
+            clipped = kernel.clamp(-1, 1)
+            part.sub_(clipped).add_(clipped)
+        return signed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:

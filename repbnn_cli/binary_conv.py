@@ -62,7 +62,19 @@ class BinaryConv2d(nn.Module):
         self.stride = _pair(stride)
         self.padding = _pair(padding)
         self.weight = nn.Parameter(torch.empty(self.kernel_shape))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self._start_kernel(self.weight)
+
+    def reset_parameters(self) -> None:
+        """Fresh values for kernel and per-channel tensors, as in a new layer of the present channel numbers."""
+        kernel: Tensor = getattr(self, self.kernel_name)
+        self._start_kernel(kernel.detach().view(self.kernel_shape))
+        self._start_channel_tensors()
+
+    def _start_kernel(self, kernel: Tensor) -> None:
+        nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+
+    def _start_channel_tensors(self) -> None:
+        """A kind with learned values per channel starts them here."""
 
     @property
     def kernel_shape(self) -> tuple[int, int, int, int]:
@@ -149,12 +161,17 @@ class RBNNConv2d(BinaryConv2d):
         padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.alpha = nn.Parameter(torch.rand(out_channels, 1, 1))
-        self.rotate = nn.Parameter(torch.full((out_channels, 1, 1, 1), math.pi / 2))
+        self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
+        self.rotate = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
+        self._start_channel_tensors()
         n1, n2 = self._rotation_sizes()
         self.register_buffer("R1", _random_rotation(n1))
         self.register_buffer("R2", _random_rotation(n2))
         self.t, self.k = _schedule_end()
+
+    def _start_channel_tensors(self) -> None:
+        nn.init.uniform_(self.alpha)
+        nn.init.constant_(self.rotate, math.pi / 2)
 
     def _rotation_sizes(self) -> tuple[int, int]:
         """n1·n2 = I·kh·kw, n1 the largest divisor that is at most the square root."""
@@ -220,8 +237,12 @@ class ReCUConv2d(BinaryConv2d):
         padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.alpha = nn.Parameter(torch.rand(out_channels, 1, 1))
+        self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
         self.register_buffer("tau", torch.tensor(0.85))
+        self._start_channel_tensors()
+
+    def _start_channel_tensors(self) -> None:
+        nn.init.uniform_(self.alpha)
 
     def binary_weight(self) -> Tensor:
         standard = _standardise(self.latent_kernel()) * (2 * math.sqrt(2))
@@ -255,12 +276,14 @@ class SignConv2d(BinaryConv2d):
         flat: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        # Close to 0, as the authors start: Adam's steps of about lr can then flip any sign early in training.
-        nn.init.uniform_(self.weight, -1e-3, 1e-3)
         if flat:
             self.kernel_name = "weights"
             self.weights = nn.Parameter(self.weight.detach().view(-1, 1))
             del self.weight
+
+    def _start_kernel(self, kernel: Tensor) -> None:
+        # Close to 0, as the authors start: Adam's steps of about lr can then flip any sign early in training.
+        nn.init.uniform_(kernel, -1e-3, 1e-3)
 
     def binary_weight(self) -> Tensor:
         kernel = self.latent_kernel()
@@ -306,7 +329,11 @@ class GatedConv2d(FracConv2d):
         padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.threshold = nn.Parameter(torch.full((1, out_channels, 1, 1), -1.0))
+        self.threshold = nn.Parameter(torch.empty(1, out_channels, 1, 1))
+        self._start_channel_tensors()
+
+    def _start_channel_tensors(self) -> None:
+        nn.init.constant_(self.threshold, -1.0)
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return uniform_quantize(x, 2)

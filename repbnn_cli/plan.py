@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import fx, nn
 
@@ -64,3 +64,34 @@ class Plan:
     @property
     def beta(self) -> int:
         return self.rules.options.beta
+
+    def rows(self) -> list[PlanRow]:
+        """Every changed module, in order of the network."""
+        return [PlanRow.of(e) for e in self.edits]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One changed module, as plain values: what reports and `--dry-run` show."""
+
+    part: str
+    path: str
+    role: str
+    action: str
+    rule: str
+    where: str
+    before: str
+    after: str
+    tensors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, edit: ModuleEdit) -> PlanRow:
+        tensors = tuple(f"{name}: {recipe.describe()}" for name, recipe in edit.tensors)
+        if edit.reset:
+            tensors = tuple(f"{name}: fresh" for name, _ in edit.tensors)
+        return cls(
+            edit.part, edit.path, edit.role, edit.action, edit.rule, edit.where, edit.before, edit.after, tensors
+        )
+
+    def as_plain(self) -> dict[str, object]:
+        return {**asdict(self), "tensors": list(self.tensors)}

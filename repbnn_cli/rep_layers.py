@@ -10,6 +10,7 @@ the repeated tensor never exists before it is normalised.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,8 +53,12 @@ class RepConv2d(RepMixin, nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *args: Any, beta: int = 2, **kwargs: Any) -> None:
-        if out_channels % beta:
-            raise UsageError(f"RepConv2d: beta {beta} does not divide {out_channels} output channels")
+        groups = args[4] if len(args) > 4 else kwargs.get("groups", 1)
+        if out_channels // groups % beta:
+            of_groups = f" of each of its {groups} groups" if groups > 1 else ""
+            raise UsageError(
+                f"RepConv2d: beta {beta} does not divide {out_channels // groups} output channels{of_groups}"
+            )
         super().__init__(in_channels * beta, out_channels // beta, *args, **kwargs)
         self.beta, self.repeats = beta, beta * beta
 
@@ -64,7 +69,16 @@ class RepBconv2d(RepMixin):
 
 
 class RepLinear(RepMixin, nn.Linear):
-    """A hidden linear layer as a RepConv: (N, I·b) → (N, O·b) at the cost of an I → O layer."""
+    """A hidden linear layer as a RepConv: (N, I·b) → (N, O·b) at the cost of an I → O layer.
+
+    Arguments are those of the nn.Linear it replaces, and `beta`, which has to divide O.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *args: Any, beta: int = 2, **kwargs: Any) -> None:
+        if out_features % beta:
+            raise UsageError(f"RepLinear: beta {beta} does not divide {out_features} output channels")
+        super().__init__(in_features * beta, out_features // beta, *args, **kwargs)
+        self.beta, self.repeats = beta, beta * beta
 
 
 _made: dict[tuple[type, type], type] = {}
@@ -110,34 +124,35 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
     BatchNorm with C·repeats channels over `repeat_channels(x, repeats)`; weight, bias and running statistics have
     the C·repeats entries (and names) of that BatchNorm. In training mean, variance and x̂ are computed once per
     distinct channel: the copies would only compute the same numbers again (RepBNN, section 4.4).
+    beta: the expansion factor; repeats is b² after a RepConv (the default) and b after a first layer.
     """
 
-    def __init__(self, num_features: int, repeats: int = 1, **kwargs: Any) -> None:
+    def __init__(self, num_features: int, repeats: int = 1, beta: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
         self.repeats = repeats
+        self.beta = math.isqrt(repeats) if beta is None else beta
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            return self._by_running_statistics(x)
         n, c, *rest = x.shape
-        tail = (1,) * len(rest)
+        out = self._normalise(x).unsqueeze(1)
+        if self.weight is not None:
+            copies = (1, self.repeats, c, *[1] * len(rest))
+            out = torch.addcmul(self.bias.view(copies), out, self.weight.view(copies))
+        return out.expand(n, self.repeats, c, *rest).reshape(n, self.repeats * c, *rest)
 
-        def per_copy(values: Tensor) -> Tensor:
-            return values.view(1, self.repeats, c, *tail)
+    def _by_running_statistics(self, x: Tensor) -> Tensor:
+        """Each copy by its own running statistics, which may differ (a transform tiles those of the source network).
 
-        if self.training or self.running_mean is None or self.running_var is None:
-            normalised = self._normalise(x).unsqueeze(1)
-            if self.weight is not None:
-                out = torch.addcmul(per_copy(self.bias), normalised, per_copy(self.weight))
-            else:
-                out = normalised.expand(n, self.repeats, c, *rest)
-        else:
-            # Running statistics may differ between copies (a transform tiles those of the source network).
-            scale = (self.running_var + self.eps).rsqrt()
-            scale = scale * self.weight if self.weight is not None else scale
-            shift = -self.running_mean * scale
-            shift = shift + self.bias if self.bias is not None else shift
-            out = torch.addcmul(per_copy(shift), x.unsqueeze(1), per_copy(scale))
-        return out.reshape(n, self.repeats * c, *rest)
+        One batch_norm per copy rather than one multiply-add over all of them: the result is then that of a plain
+        BatchNorm to the last bit, and the sign that follows decides on such bits.
+        """
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        per_copy = [[None] * self.repeats if t is None else t.view(self.repeats, -1).unbind() for t in tensors]
+        copies = [F.batch_norm(x, *values, training=False, eps=self.eps) for values in zip(*per_copy, strict=True)]
+        return copies[0] if self.repeats == 1 else torch.cat(copies, 1)
 
     def _normalise(self, x: Tensor) -> Tensor:
         """x̂ by batch statistics, (N, C, ...); updates the running statistics of all copies."""
@@ -149,7 +164,7 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         normalised = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.view(self.repeats, c).lerp_(mean, momentum)
             self.running_var.view(self.repeats, c).lerp_(var, momentum)
         return normalised

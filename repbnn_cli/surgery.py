@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.binary_conv import BinaryConv2d, RBNNConv2d
+from repbnn_cli.channels import operator_name
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import holds_tensor, positions
 from repbnn_cli.probe import ConvCalls
-from repbnn_cli.channels import operator_name
 from repbnn_cli.recognize import Layer, recognize, type_names
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, make_rep
 from repbnn_cli.rewrite import Rewriter, subject_of
@@ -71,14 +71,14 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     return found
 
 
-def apply(plan: Plan) -> fx.GraphModule:
+def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
     dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
-    become the same tensor.
+    become the same tensor. state: take all tensors from this state dict of a Rep network instead of inheriting them.
     """
     source = plan.network.module
-    edited = {id(fetch(source, f"{e.path}.{name}" if e.path else name)) for e in plan.edits for name, _ in e.tensors}
+    edited = {id(fetch(source, _tensor_path(e, name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
     memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
     tree = nn.Module()
@@ -86,7 +86,7 @@ def apply(plan: Plan) -> fx.GraphModule:
         tree.__dict__[kind] = copy.deepcopy(source.__dict__[kind], memo)
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
-        _carry_out(tree, edit, plan, made)
+        _carry_out(tree, edit, plan, made, state)
     for path, module in plan.added.items():
         parent, _, name = path.rpartition(".")
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
@@ -95,31 +95,47 @@ def apply(plan: Plan) -> fx.GraphModule:
     result = KeptGraphModule(tree, copy.deepcopy(plan.graph), class_name=f"Rep{source._get_name()}")
     result.recompile()
     result.graph.lint()
+    if state is not None:
+        result.load_state_dict(dict(state), assign=True)
     return result
 
 
-def _carry_out(tree: nn.Module, edit: ModuleEdit, plan: Plan, made: dict[tuple[int, Any], Tensor]) -> None:
-    module = fetch(tree, edit.path) if edit.path else tree
-    if edit.action in ("repeat_output", "parameter"):
-        _set_tensors(module if edit.action != "parameter" else fetch_parent(tree, edit), edit, made)
+def _carry_out(
+    tree: nn.Module,
+    edit: ModuleEdit,
+    plan: Plan,
+    made: dict[tuple[int, Any], Tensor],
+    state: Mapping[str, Tensor] | None,
+) -> None:
+    if edit.action == "parameter":
+        _set_tensors(fetch_parent(tree, edit), edit, made, state)
+        return
+    module = fetch(tree, edit.path)
+    if edit.action == "repeat_output":
+        if edit.reset and state is None:
+            _reset(module, plan.layers[edit.path])
         return
     layer = plan.layers[edit.path]
     assert edit.channels is not None
     if isinstance(module, BinaryConv2d):
         module.resize(*edit.channels)
-    _set_tensors(module, edit, made)
+    _set_tensors(module, edit, made, state)
     _set_known_numbers(module, edit)
-    if not isinstance(module, BinaryConv2d) and not type(module).__module__.startswith("torch.nn."):
+    if not type(module).__module__.startswith(("torch.nn.", "repbnn_cli.")):
         _fit_numbers(module, edit, layer, plan.network)
-    if edit.reset:
+    if edit.reset and state is None:
         _reset(module, layer)
-    if isinstance(module, BinaryConv2d) and hasattr(module, "rotate_"):
-        module.rotate_()  # RBNN: R1 and R2 have other sizes now
+    if isinstance(module, RBNNConv2d) and state is None:
+        module.rotate_()  # R1 and R2 have other sizes now
     if edit.action == "rep_conv":
         make_rep(module, plan.beta, edit.repeats, binary=layer.binary)
     elif edit.action == "rep_batch_norm":
         module.__class__ = _REP_BATCH_NORM[type(module)]
-        module.repeats = edit.repeats
+        module.beta, module.repeats = plan.beta, edit.repeats
+
+
+def _tensor_path(edit: ModuleEdit, name: str) -> str:
+    return edit.path if edit.action == "parameter" else f"{edit.path}.{name}"
 
 
 def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
@@ -129,15 +145,18 @@ def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
     return owner
 
 
-def _set_tensors(module: nn.Module, edit: ModuleEdit, made: dict[tuple[int, Any], Tensor]) -> None:
+def _set_tensors(
+    module: nn.Module, edit: ModuleEdit, made: dict[tuple[int, Any], Tensor], state: Mapping[str, Tensor] | None
+) -> None:
     for name, recipe in edit.tensors:
         owner_path, _, leaf = name.rpartition(".")
         owner = fetch(module, owner_path) if owner_path else module
         old: Tensor = getattr(owner, leaf)
         key = (id(old), recipe)
         if key not in made:
+            stored = state.get(_tensor_path(edit, name)) if state is not None else None
             with torch.no_grad():
-                value = recipe(old.detach()).contiguous()
+                value = recipe(old.detach()).contiguous() if stored is None else stored
             made[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         kind = owner._parameters if leaf in owner._parameters else owner._buffers
         kind[leaf] = made[key]  # type: ignore[assignment]

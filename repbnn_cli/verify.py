@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Compact, Folded, State, Tiled
 from repbnn_cli.graph import unchanged
-from repbnn_cli.inherit import Mean
+from repbnn_cli.inherit import Columns, Mean, Tile, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCalls
@@ -31,6 +32,9 @@ from repbnn_cli.tracer import fetch
 
 # Of the largest value of a tensor: what a different order of summation may cost.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+_CONVOLVING = ("rep_conv", "select_inputs")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Certificate:
         return [{"name": c.name, "passed": c.passed, "summary": c.summary, "values": c.values} for c in self.checks]
 
 
-def verify(model: nn.Module, plan: Plan, rep: nn.Module, *, gradients: bool, batch: int | None = None) -> Certificate:
+def verify(
+    model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None = None
+) -> Certificate:
     """Runs all checks on random input; `model` is the source network, `rep` what `surgery.apply` gave for `plan`.
 
     gradients: also compare captured and source network in training mode, outputs and every parameter's gradient.
@@ -70,14 +76,14 @@ def verify(model: nn.Module, plan: Plan, rep: nn.Module, *, gradients: bool, bat
         torch.randn((batch or s[0], *s[1:]), generator=generator, device=like.device, dtype=like.dtype)
         for s in network.example
     ]
-    checks = []
+    run = _Lockstep(plan, rep)
     # Only foreign code can change tensors while it runs; copying all of a large network's weights to be safe costs.
     guard = unchanged(model) if gradients else contextlib.nullcontext()
     with guard, _evaluating(model, network.module, rep), torch.no_grad():
-        checks.append(_captured(model, network.module, inputs))
-        run = _Lockstep(plan, rep)
-        outputs = run.run(inputs)
-        checks += [_shapes(outputs), _costs(plan, rep, run), run.check()]
+        outputs = run.run(model, inputs)
+        checks = [run.captured(), _shapes(outputs), _costs(plan, rep, run), run.check()]
+        if gradients or run.unseen:
+            checks.insert(0, _captured(model, network.module, inputs))
     if gradients:
         checks.insert(1, _training(model, network.module, inputs))
     return Certificate(tuple(checks))
@@ -116,7 +122,9 @@ def _difference(a: Any, b: Any) -> float:
 
 def _captured(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Check:
     delta = _difference(model(*inputs), captured(*inputs))
-    return Check("captured = source", delta == 0.0, f"max |Δ| = {delta:.3g} in eval mode", {"max_abs": delta})
+    return Check(
+        "captured = source, trained weights", delta == 0.0, f"max |Δ| = {delta:.3g} in eval mode", {"max_abs": delta}
+    )
 
 
 def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Check:
@@ -183,7 +191,7 @@ def _costs(plan: Plan, rep: nn.Module, run: _Lockstep) -> Check:
 class _Lockstep:
     """Source network with merged kernels, and Rep network, node by node."""
 
-    def __init__(self, plan: Plan, rep: nn.Module) -> None:
+    def __init__(self, plan: Plan, rep: fx.GraphModule) -> None:
         self.plan, self.rep = plan, rep
         self.source_graph = plan.network.graph
         self.edits = {e.path: e for e in plan.edits}
@@ -193,33 +201,61 @@ class _Lockstep:
         self.unseen: list[str] = []
         self.positions: dict[str, tuple[int, int]] = {}
         self._kernels: dict[str, list[Tensor]] = {}
+        self._references: dict[str, nn.Module] = {}
         self._source: dict[fx.Node, Any] = {}
         self._rep: dict[fx.Node, Any] = {}
+        self._mapped: dict[str, list[fx.Node]] = {}
+        self._nodes = iter(list(rep.graph.nodes))
+        self._unused_rep, self._unused_source = _last_uses(rep.graph), _last_uses(self.source_graph)
+        self._latest: tuple[str, Any, Any] = "", (), None
+        self._delta = float("inf")
 
-    def run(self, inputs: list[Tensor]) -> tuple[Any, Any]:
-        """Both outputs, the source's and the Rep network's."""
-        mapped: dict[str, list[fx.Node]] = {}
+    def run(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Any, Any]:
+        """Both outputs, the source graph's and the Rep network's.
+
+        The source's own code runs at the same time, with the same merged kernels: whenever it reaches a changed
+        convolution, both graphs are run up to there. So no kernel has to be kept, or computed twice.
+        """
         for node in self.source_graph.nodes:
             if node.name in self.plan.steps:
-                mapped.setdefault(self.plan.steps[node.name].node, []).append(node)
-        remaining = iter(inputs)
-        last_use = _last_uses(self.rep.graph), _last_uses(self.source_graph)  # type: ignore[arg-type]
-        for node in self.rep.graph.nodes:  # type: ignore[union-attr]
-            if node.op == "placeholder":
-                value = next(remaining)
-                source = next(n for n in mapped[node.name] if n.op == "placeholder")
-                self._source[source], self._rep[node] = value.clone(), value
+                self._mapped.setdefault(self.plan.steps[node.name].node, []).append(node)
+        for placeholder, value in zip(_placeholders(self.rep.graph), inputs, strict=True):
+            source = next(n for n in self._mapped[placeholder.name] if n.op == "placeholder")
+            self._source[source], self._rep[placeholder] = value.clone(), value.clone()
+        with contextlib.ExitStack() as stack:
+            for edit in self.edits.values():
+                if edit.action != "parameter":
+                    self._references[edit.path] = self._reference(edit)
+                    stack.enter_context(self._standing_in(edit, fetch(model, edit.path)))
+            eager = model(*inputs)
+        self._advance(None)
+        source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
+        outputs = (
+            fx.map_arg(source_out.args[0], self._source_value),
+            fx.map_arg(rep_out.args[0], lambda n: self._rep[n]),
+        )
+        self._delta = _difference(eager, outputs[0])
+        return outputs
+
+    def _advance(self, path: str | None) -> None:
+        """Runs both graphs until a call of the module at `path` has been compared; None: to their ends."""
+        for node in self._nodes:
+            if node.op in ("placeholder", "output"):
                 continue
-            if node.op == "output":
-                break
             self._rep[node] = self._run_rep(node)
-            for source in mapped.get(node.name, ()):
+            for source in self._mapped.get(node.name, ()):
                 self._compare(source, node)
-            for used in last_use[0].get(node, ()):
+                for used in self._unused_source.get(source, ()):
+                    self._source.pop(used, None)
+            for used in self._unused_rep.get(node, ()):
                 self._rep.pop(used, None)
-        outputs = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (self.source_graph, self.rep.graph))  # type: ignore[union-attr]
-        source_out, rep_out = outputs
-        return fx.map_arg(source_out.args[0], self._source_value), fx.map_arg(rep_out.args[0], lambda n: self._rep[n])
+            if path is not None and node.op == "call_module" and node.target == path:
+                return
+
+    def captured(self) -> Check:
+        """The source's own code against its graph, both with the merged kernels."""
+        text = f"max |Δ| = {self._delta:.3g} in eval mode"
+        return Check("captured = source", bool(self.unseen) or self._delta == 0.0, text, {"max_abs": self._delta})
 
     def check(self) -> Check:
         convolutions = sum(e.action in ("rep_conv", "select_inputs") for e in self.plan.edits)
@@ -238,9 +274,12 @@ class _Lockstep:
     def _run_rep(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._rep[n])
         if node.op == "call_module" and str(node.target) in self.edits:
+            edit = self.edits[str(node.target)]
             with ConvCalls() as seen:
-                value = fetch(self.rep, str(node.target))(*args, **kwargs)
-            self._kernels[str(node.target)] = [c.kernel for c in seen.calls]
+                value = fetch(self.rep, edit.path)(*args, **kwargs)
+            if edit.action in _CONVOLVING:
+                self._kernels.clear()  # one layer's at a time: they are as large as the network
+                self._kernels[edit.path] = [self._summed(edit, c.kernel) for c in seen.calls]
             return value
         return _execute(self.rep, node, args, kwargs)
 
@@ -256,47 +295,92 @@ class _Lockstep:
         edit = self.edits.get(str(node.target)) if node.op == "call_module" else None
         if edit is None:
             return _execute(self.plan.network.module, node, args, kwargs)
-        module = self._reference(edit)
-        if edit.action not in ("rep_conv", "select_inputs"):
-            return module(*args, **kwargs)
-        kernels = self._kernels[edit.path]
-        if not kernels:
+        if edit.action in _CONVOLVING and not self._kernels[edit.path]:
             return None
-        with ConvCalls(lambda i, kernel: self._merged(edit, kernels[i], kernel)):
-            return module(*args, **kwargs)
+        module = self._references[edit.path]
+        with self._merged_kernels(edit, module):
+            value = type(module).forward(module, *args, **kwargs)
+        if edit.action in _CONVOLVING:
+            self._latest = edit.path, args, value
+        return value
+
+    @contextlib.contextmanager
+    def _standing_in(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
+        """While this lasts, the source's module computes what the reference does in its place."""
+        reference = self._references[edit.path]
+        if reference is module and edit.action not in _CONVOLVING:
+            yield
+            return
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if edit.action in _CONVOLVING:
+                self._advance(edit.path)
+                path, seen, value = self._latest
+                if path == edit.path and not kwargs and _equal(args, seen):
+                    return value.clone()  # the same layer on the same numbers
+            with self._merged_kernels(edit, reference):
+                return type(reference).forward(reference, *args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+
+    @contextlib.contextmanager
+    def _merged_kernels(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
+        """While this lasts, the source's convolution applies M instead of its own kernel."""
+        if not self._kernels.get(edit.path):
+            yield
+        else:
+            summed, out = self._kernels[edit.path], self.plan.layers[edit.path].out_channels
+            own = isinstance(module, BinaryConv2d)
+            if own:  # without computing the kernel that would be thrown away
+                module.__dict__["binary_weight"] = lambda: summed[0]
+            try:
+                with ConvCalls(lambda i, _: summed[0 if own else i], out):
+                    yield
+            finally:
+                module.__dict__.pop("binary_weight", None)
 
     def _reference(self, edit: ModuleEdit) -> nn.Module:
-        """The source module, with tensors that several channels now share set to what they share."""
+        """The source module, with tensors that several channels now share, or that start afresh, as the Rep network
+        has them: one value per source channel."""
         module: nn.Module = fetch(self.plan.network.module, edit.path)
-        shared = [(n, r) for n, r in edit.tensors if isinstance(r, Mean)]
-        if not shared:
+        own: nn.Module = fetch(self.rep, edit.path)
+        if edit.reset and edit.action == "repeat_output":
+            return own
+        recipes = dict(edit.tensors)
+        changed: dict[str, Tensor] = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            recipe = recipes.get(name)
+            if isinstance(recipe, Mean) or (edit.reset and isinstance(recipe, Tile)):
+                changed[name] = _per_source_channel(fetch(own, name).detach(), recipe, tensor.shape[recipe.axis])
+            elif edit.reset and recipe is None and fetch(own, name).shape == tensor.shape:
+                changed[name] = fetch(own, name).detach()
+        if not changed:
             return module
         memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
         reference: nn.Module = copy.deepcopy(module, memo)
-        for name, recipe in shared:
+        for name, value in changed.items():
             owner_path, _, leaf = name.rpartition(".")
             owner = fetch(reference, owner_path) if owner_path else reference
-            value = fetch(self.rep, f"{edit.path}.{name}").detach()
-            groups = recipe.members.groups
-            size = fetch(module, name).shape[recipe.axis]
-            blocks = value.unflatten(recipe.axis, (groups, -1))
-            copies = size // value.shape[recipe.axis]
-            value = torch.cat([blocks] * copies, recipe.axis + 1).flatten(recipe.axis, recipe.axis + 1)
             kind = owner._parameters if leaf in owner._parameters else owner._buffers
             kind[leaf] = nn.Parameter(value, False) if kind is owner._parameters else value  # type: ignore[assignment]
         return reference
 
-    def _merged(self, edit: ModuleEdit, rep_kernel: Tensor, kernel: Tensor) -> Tensor:
-        """M of the identity, shaped like the source's kernel as it is applied."""
+    def _summed(self, edit: ModuleEdit, kernel: Tensor) -> Tensor:
+        """Σ over input replicas of a Rep kernel: (O/β, I/groups, k...), for a last layer (O, I, k...).
+
+        M's filter c is filter c mod O/β of it; instead of repeating filters, `ConvCalls` repeats the output.
+        """
         recipe: Any = edit.tensors[0][1]
-        merged = torch.zeros((len(rep_kernel), *kernel.shape[1:]), dtype=rep_kernel.dtype, device=rep_kernel.device)
-        if edit.action == "select_inputs":
-            column = [g[0] for g in recipe.groups]
-            return merged.index_add_(1, torch.tensor(column, device=kernel.device), rep_kernel)
-        merged.index_add_(1, torch.tensor(recipe.column, device=kernel.device), rep_kernel)
-        groups = recipe.members.groups
-        blocks = merged.unflatten(0, (groups, -1))
-        return blocks.repeat(1, len(kernel) // len(merged), *[1] * (blocks.ndim - 2)).flatten(0, 1)
+        width = torch.Size(self.plan.layers[edit.path].kernel_shape)[1]
+        column = tuple(g[0] for g in recipe.groups) if isinstance(recipe, Columns) else recipe.column
+        summed = torch.zeros((len(kernel), width, *kernel.shape[2:]), dtype=kernel.dtype, device=kernel.device)
+        for start, stop in runs(column):
+            summed[:, column[start] : column[start] + stop - start] += kernel[:, start:stop]
+        return summed
 
     # -- comparison --------------------------------------------------------------------------------------------------
     def _compare(self, source: fx.Node, rep: fx.Node) -> None:
@@ -351,6 +435,28 @@ class _Lockstep:
         return actual.clone()
 
 
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two argument lists hold equal tensors and numbers."""
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor:
+    """A Rep network's tensor as the source would hold it: `size` entries along the recipe's axis."""
+    axis = recipe.axis
+    if isinstance(recipe, Tile):
+        first = [recipe.index.index(c) for c in range(size)]
+        return value.index_select(axis, torch.tensor(first, device=value.device))
+    blocks = value.unflatten(axis, (recipe.members.groups, -1))
+    return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
+
+
 def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "get_attr":
         return fetch(root, str(node.target))
@@ -362,12 +468,21 @@ def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node → the nodes whose values are needed no more after it."""
+    """Node → the nodes whose values are needed no more after it.
+
+    Sizes of the source are computed when they are asked for, so what they are read from has to live until then.
+    """
+    needs: dict[fx.Node, list[fx.Node]] = {}
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
+        needs[node] = list(node.all_input_nodes)
         for used in node.all_input_nodes:
+            if "value" in used.meta and not holds_tensor(used.meta["value"]):
+                needs[node] += needs[used]
+        for used in needs[node]:
             last[used] = node
     done: dict[fx.Node, list[fx.Node]] = {}
     for used, node in last.items():
-        done.setdefault(node, []).append(used)
+        if node.op != "output":
+            done.setdefault(node, []).append(used)
     return done

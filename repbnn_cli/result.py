@@ -1,0 +1,161 @@
+"""A transformed network on disk: what is in the file, and how it becomes an nn.Module again.
+
+The file is a dictionary of tensors and plain values that loads with `weights_only=True`:
+
+    format, version       "repbnn", 1
+    tensors               the Rep network's state dict
+    source                how the source network is built (zoo name, or file.py:callable with its arguments), input shape,
+                          and the file it came from: name, SHA-256, size, stated accuracy, metadata
+    rules                 the resolved rule text, with the options that were in force
+    options               beta, inherit, last_layer
+    plan                  one row per changed module
+    certificate           one row per check
+    source_tensors        the source's state dict (empty with --slim)
+    provenance            tool and library versions
+
+The graph is not stored: it is made again from source and rules, which is exact and keeps code out of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import repbnn_cli
+from repbnn_cli import checkpoint, source, surgery
+from repbnn_cli.errors import CheckpointError, UsageError
+from repbnn_cli.graph import Network
+from repbnn_cli.plan import Plan
+from repbnn_cli.rules import loads
+from repbnn_cli.source import Origin, Source
+from repbnn_cli.verify import Certificate
+
+ModelSource = str | nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file opened: source network (captured, with weights if the file has them) and Rep network."""
+
+    path: Path
+    payload: Mapping[str, Any]
+    origin: Origin
+    network: Network
+    plan: Plan
+    module: fx.GraphModule
+
+
+def payload_of(src: Source, plan: Plan, rep: nn.Module, certificate: Certificate, *, slim: bool) -> dict[str, Any]:
+    """Everything a result file holds, as tensors and plain values."""
+    file = src.file
+    accuracy = file.accuracy if file else None
+    return {
+        "format": checkpoint.FORMAT,
+        "version": checkpoint.VERSION,
+        "tensors": rep.state_dict(),
+        "source": {
+            **src.origin.as_plain(),
+            "file": file.path.name if file else None,
+            "sha256": file.sha256 if file else None,
+            "size_bytes": file.size_bytes if file else None,
+            "accuracy": {"top1": accuracy.percent, "key": accuracy.key} if accuracy else None,
+            "metadata": file.metadata if file else {},
+        },
+        "rules": plan.rules.text,
+        "rules_name": plan.rules.name,
+        "options": {
+            "beta": plan.rules.options.beta,
+            "inherit": plan.rules.options.inherit,
+            "last_layer": plan.rules.options.last_layer,
+        },
+        "plan": [row.as_plain() for row in plan.rows()],
+        "notes": list(plan.notes) + list(plan.network.notes),
+        "certificate": certificate.as_plain(),
+        "source_tensors": {} if slim else src.model.state_dict(),
+        "provenance": {"repbnn": repbnn_cli.__version__, "torch": torch.__version__},
+    }
+
+
+def save(payload: Mapping[str, Any], path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes a result atomically: `.safetensors` holds tensors and the plain values as JSON text, all else torch.save."""
+    if Path(path).suffix != ".safetensors":
+        checkpoint.save(payload, path, force=force)
+        return
+    plain = {k: v for k, v in payload.items() if k not in ("tensors", "source_tensors")}
+    # The network's tensors under their own names, so that any safetensors reader finds the state dict it expects.
+    metadata = {"repbnn": json.dumps(plain, sort_keys=True, ensure_ascii=False)}
+    checkpoint.save_safetensors(payload["tensors"], metadata, path, force=force)
+
+
+def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The payload of a result file; CheckpointError for any other file."""
+    file = checkpoint.load(path)
+    stored = file.metadata.get("repbnn") if file.format == "safetensors" else None
+    if isinstance(stored, str):
+        return {**json.loads(stored), "tensors": file.tensors, "source_tensors": {}, "sha256": file.sha256}
+    if file.payload is None:
+        raise CheckpointError(f"{path}: is not a result of `repbnn transform`; run it first, or use `repbnn inspect`")
+    return {**file.payload, "sha256": file.sha256}
+
+
+def is_result(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is a result of `transform`; CheckpointError when it cannot be read at all."""
+    file = checkpoint.load(path)
+    return file.payload is not None or "repbnn" in file.metadata
+
+
+def open_result(path: str | os.PathLike[str], model: ModelSource | None = None) -> Result:
+    """Builds source and Rep network of a result file; `model` builds a source network that is not in the zoo."""
+    payload = read_payload(path)
+    origin = Origin.from_plain(payload["source"])
+    network_module = _source_model(Path(path), origin, model)
+    if payload["source_tensors"]:
+        network_module.load_state_dict(payload["source_tensors"], assign=True)
+    rules = loads(payload["rules"], name=f"rules stored in {Path(path).name}")
+    network = source.capture(network_module, origin, rules)
+    plan = surgery.plan(network, rules)
+    try:
+        module = surgery.apply(plan, state=payload["tensors"])
+    except RuntimeError as error:  # load_state_dict: the stored tensors do not fit what the rules make now
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: its tensors do not fit the network that its rules make ({first})") from error
+    return Result(Path(path), payload, origin, network, plan, module.eval())
+
+
+def load(path: str | os.PathLike[str], model: ModelSource | None = None) -> nn.Module:
+    """The Rep network of a result file, with its weights, in eval mode.
+
+    model: needed when the source network is the user's own: the module itself, a function that builds it, or
+        "file.py:callable". A file never causes code to run that the caller did not name.
+    """
+    return open_result(path, model).module
+
+
+def newest(folder: str | os.PathLike[str] = "checkpoints") -> Path:
+    """The result written last in `folder`; UsageError when there is none."""
+    found = [p for pattern in ("*.repbnn.pt", "*.repbnn.safetensors") for p in Path(folder).glob(pattern)]
+    if not found:
+        raise UsageError(
+            f"{folder}/: holds no result (*.repbnn.pt); run `repbnn transform CHECKPOINT` first, or name a file"
+        )
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+
+
+def _source_model(path: Path, origin: Origin, model: ModelSource | None) -> nn.Module:
+    if origin.arch is not None:
+        return source.from_origin(origin)
+    if model is None:
+        raise UsageError(
+            f"{path}: its source network is built by your code; name it again: --model {origin.model} "
+            f'(in Python: load(path, model="{origin.model}"))'
+        )
+    if isinstance(model, str):
+        return source.build_user_model(model, dict(origin.model_args)).eval()
+    return (model if isinstance(model, nn.Module) else model()).eval()

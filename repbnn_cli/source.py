@@ -1,0 +1,170 @@
+"""A source network with its weights: found in a checkpoint, built from the zoo, or built by the user's own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repbnn_cli import checkpoint, graph, identify, user_model, zoo
+from repbnn_cli.checkpoint import Checkpoint
+from repbnn_cli.errors import UsageError
+from repbnn_cli.recognize import type_names
+from repbnn_cli.rules import RuleSet
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How to build the network again, in plain values: a zoo name, or the user's `file.py:callable` with its arguments."""
+
+    arch: str | None
+    model: str | None
+    model_args: Mapping[str, Any]
+    num_classes: int | None
+    input_shape: tuple[tuple[int, ...], ...]
+
+    @property
+    def name(self) -> str:
+        return self.arch or str(self.model)
+
+    def as_plain(self) -> dict[str, Any]:
+        return {
+            "arch": self.arch,
+            "model": self.model,
+            "model_args": dict(self.model_args),
+            "num_classes": self.num_classes,
+            "input_shape": [list(s) for s in self.input_shape],
+        }
+
+    @classmethod
+    def from_plain(cls, value: Mapping[str, Any]) -> Origin:
+        shape = tuple(tuple(s) for s in value["input_shape"])
+        return cls(value["arch"], value["model"], dict(value["model_args"]), value["num_classes"], shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network ready to be captured. `file` is None for a network without trained weights."""
+
+    model: nn.Module
+    origin: Origin
+    file: Checkpoint | None = None
+    reason: str = ""
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def trusted(self) -> bool:
+        """Only layers of torch's and of ours: their shapes are known without running them."""
+        return is_trusted(self.model)
+
+
+def is_trusted(model: nn.Module) -> bool:
+    """Whether every layer is one of torch's or of this package."""
+    return all(
+        type(m).__module__.startswith(("torch.nn.", "repbnn_cli.")) or any(m.children()) for m in model.modules()
+    )
+
+
+def from_checkpoint(
+    path: str,
+    *,
+    arch: str | None = None,
+    model: str | None = None,
+    model_args: str | None = None,
+    input_size: str | None = None,
+    key: str | None = None,
+    unsafe: bool = False,
+) -> Source:
+    """The network of a checkpoint: `model` (the user's code) if given, else `arch`, else found from the tensors.
+
+    Raises CheckpointError (cannot be read, fits nothing, holds NaN), CaptureError (the user's code fails), UsageError.
+    """
+    file = checkpoint.load(path, key=key, unsafe=unsafe)
+    if file.payload is not None:
+        source = file.payload["source"]["file"]
+        raise UsageError(f"{path}: is a result of `repbnn transform` already; transform its source ({source}) instead")
+    checkpoint.check_finite(file.tensors, path)
+    if model is not None:
+        if arch is not None:
+            raise UsageError("--model and --arch both name the network; give one of them")
+        network = build_user_model(model, parse_args(model_args))
+        user_model.load_weights(network, file.tensors, prefix=file.prefix, path=path)
+        origin = Origin(None, model, parse_args(model_args), None, parse_input_size(input_size))
+        return Source(network, origin, file, f"built by {model}", file.notes)
+    found = identify.resolve(file, arch)
+    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[found.arch].input_shape,)
+    with torch.device("meta"):
+        network = zoo.build(found.arch, found.num_classes)
+    network.load_state_dict(found.tensors, assign=True)
+    network.eval()
+    origin = Origin(found.arch, None, {}, found.num_classes, shape)
+    return Source(network, origin, file, found.reason, (*file.notes, *found.notes))
+
+
+def from_origin(origin: Origin) -> nn.Module:
+    """The network of an origin without its weights (zeros), in eval mode; runs the user's code if that builds it."""
+    if origin.arch is None:
+        assert origin.model is not None
+        return build_user_model(origin.model, dict(origin.model_args)).eval()
+    with torch.device("meta"):
+        network = zoo.build(origin.arch, origin.num_classes)
+    # Zeros are not allocated before they are touched, and shape-only work never touches them.
+    zeros = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in network.state_dict().items()}
+    network.load_state_dict(zeros, assign=True)
+    return network.eval()
+
+
+def build_user_model(spec: str, args: dict[str, Any]) -> nn.Module:
+    """The user's network; calls that fx cannot see are made visible while it is imported and built."""
+    return user_model.build(spec, args, around=graph.interceptable())
+
+
+def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> graph.Network:
+    """The network's graph; a rule file may say which modules to keep whole."""
+
+    def leaf(path: str, module: nn.Module) -> bool | None:
+        rule = rules.declare(path, type_names(module)) if rules and rules.modules else None
+        if rule is None or (rule.leaf is None and rule.role is None):
+            return None
+        return rule.leaf is not False
+
+    return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=is_trusted(model))
+
+
+def parse_args(text: str | None) -> dict[str, Any]:
+    """`--model-args`: a JSON object."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--model-args: not JSON ({error.msg} at column {error.colno}): {text}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--model-args: expected a JSON object like '{{\"num_classes\": 10}}', got {text}")
+    return value
+
+
+def parse_input_size(text: str | None) -> tuple[tuple[int, ...], ...]:
+    """`--input-size 3x32x32`, several inputs separated by commas; 3x32x32 when not given."""
+    if text is None:
+        return ((3, 32, 32),)
+    try:
+        shapes = tuple(tuple(int(n) for n in part.lower().split("x")) for part in text.split(","))
+    except ValueError:
+        shapes = ()
+    if not shapes or any(n < 1 for shape in shapes for n in shape):
+        raise UsageError(f"--input-size {text}: expected channels x height x width, e.g. 3x32x32 or 3x224x224")
+    return shapes
+
+
+def default_output(path: str, beta: int, suffix: str = ".repbnn.pt") -> Path:
+    """checkpoints/NAME-rep2.repbnn.pt for NAME.pth.tar."""
+    name = Path(path).name
+    for ending in (".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pth"):
+        name = name.removesuffix(ending)
+    return Path("checkpoints") / f"{name}-rep{beta}{suffix}"
