@@ -210,7 +210,7 @@ def _check_rule(entry: Entry, others: list[str]) -> list[Problem]:
         ]
     problems: list[Problem] = []
     apply, match = entry.keys["apply"], entry.keys["match"]
-    for key, actions in (("repeat", REPEATING), ("share", ("select_inputs",))):
+    for key, actions in (("repeat", REPEATING), ("share", ("select_inputs",)), ("align", ("tile",))):
         if key in entry.keys and apply.value not in actions:
             why = f"has no effect with apply: {apply.value}; expected with {' or '.join(actions)}"
             problems += _settle(entry, key, "apply", why)

@@ -37,6 +37,7 @@ Position = Literal["first", "trunk", "bypass", "last"]
 Action = Literal["repeat_output", "rep_conv", "tile", "select_inputs", "keep"]
 Repeat = Literal["before_batch_norm", "after_batch_norm"]
 Share = Literal["all", "1_over_beta", "1_over_beta2"]
+Align = Literal["replicas", "position"]
 Inherit = Literal["fold", "reshape", "none"]
 Cached = Literal["in_channels", "out_channels", "kernel_shape", "fan_in", "numel"]
 
@@ -166,6 +167,11 @@ class RuleEntry(_Model):
     )
     share: Share = Field(
         _ABSENT, description="For select_inputs: the share of the inputs it takes; default options.last_layer."
+    )
+    align: Align = Field(
+        _ABSENT,
+        description="For tile: what an operator with several inputs does when their replicas are ordered differently; "
+        "replicas (default) reorders them, position takes channel by channel as they come.",
     )
     optional: bool = Field(False, description="May match nothing, and yields to a rule that is not optional.")
 

@@ -22,6 +22,7 @@ from repbnn_cli.rule_models import (
     ACTIONS_OF,
     REPEATING,
     Action,
+    Align,
     Cached,
     ChannelAxis,
     Match,
@@ -57,7 +58,8 @@ class Subject:
 class Rule:
     """One rule, resolved. `where`: file and line of its name, in the last file that wrote its `match` or `apply`.
 
-    repeat: None where the action repeats nothing. share: None means what options.last_layer says.
+    repeat: None where the action repeats nothing. share: None means what options.last_layer says. align: None means
+    replicas.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Rule:
     apply: Action
     repeat: Repeat | None = None
     share: Share | None = None
+    align: Align | None = None
     optional: bool = False
     where: str = field(default="", compare=False)
 

@@ -53,7 +53,7 @@ optoins: {beta: 2}
         "mine.yaml:9 rules.backbone.apply: unknown value 'repconv'; expected one of repeat_output, rep_conv, tile, "
         "select_inputs, keep; nearest: rep_conv",
         "mine.yaml:10 rules.backbone.repaet: unknown key 'repaet'; expected one of part, match, apply, repeat, share, "
-        "optional; nearest: repeat, part",
+        "align, optional; nearest: repeat, part",
         "mine.yaml:11 optoins: unknown key 'optoins'; expected one of schema, name, summary, extends, remove, options, "
         "rules, modules; nearest: options",
     ]
@@ -113,7 +113,9 @@ def test_wrong_values(written: str, message: str) -> None:
         ("yes: {}", "rules: found the key yes; expected text (put quotes around it)"),
         ("[a]: {}", "rules: found the key a list or mapping; expected text"),
         ("match: {part: bypass, match: {path: x}, apply: tile, foo: 1}", "rules.match.foo: unknown key 'foo'; expected "
-         "one of part, match, apply, repeat, share, optional"),
+         "one of part, match, apply, repeat, share, align, optional"),
+        ("a: {part: bypass, match: {path: x}, apply: rep_conv, align: position}",
+         "rules.a.align: has no effect with apply: rep_conv; expected with tile"),
     ],
 )  # fmt: skip
 def test_wrong_rules(entry: str, message: str) -> None:

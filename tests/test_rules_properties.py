@@ -43,6 +43,8 @@ def rule_entries(draw: st.DrawFn) -> dict[str, Any]:
         entry["repeat"] = draw(literal("Repeat"))
     if entry["apply"] == "select_inputs" and draw(st.booleans()):
         entry["share"] = draw(literal("Share"))
+    if entry["apply"] == "tile" and draw(st.booleans()):
+        entry["align"] = draw(literal("Align"))
     return entry | draw(st.fixed_dictionaries({}, optional={"optional": st.booleans()}))
 
 
