@@ -7,7 +7,6 @@ import sys
 import traceback
 from typing import Annotated, Any
 
-import click
 import typer
 
 import repbnn_cli
@@ -32,7 +31,8 @@ ModelArgs = Annotated[str | None, typer.Option("--model-args", help="""Its argum
 InputSize = Annotated[str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32.")]
 Key = Annotated[str | None, typer.Option("--key", help="Entry of the file that holds the state dict, e.g. ema.")]
 Unsafe = Annotated[
-    bool, typer.Option("--unsafe-load", help="Unpickle the file as Python does, running code in it. Trusted files only.")
+    bool,
+    typer.Option("--unsafe-load", help="Unpickle the file as Python does, running code in it. Trusted files only."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -42,7 +42,9 @@ Rules = Annotated[str | None, typer.Option("--rules", help="Rule file or shipped
 @app.command()
 def transform(
     checkpoint: Annotated[str, typer.Argument(help="Trained checkpoint: .pt .pth .th .tar .safetensors ...")],
-    beta: Annotated[int | None, typer.Option("--beta", "-b", help="Expansion factor β; from the rules if not given.")] = None,
+    beta: Annotated[
+        int | None, typer.Option("--beta", "-b", help="Expansion factor β; from the rules if not given.")
+    ] = None,
     rules: Rules = None,
     inherit: Annotated[
         str | None, typer.Option("--inherit", help="How trained kernels are carried over: fold, reshape or none.")
@@ -61,7 +63,9 @@ def transform(
     slim: Annotated[bool, typer.Option("--slim", help="Leave the source network's weights out of the result.")] = False,
     verify: Annotated[
         str,
-        typer.Option("--verify", help="full: also compare training mode and every gradient; quick; auto: full for --model."),
+        typer.Option(
+            "--verify", help="full: also compare training mode and every gradient; quick; auto: full for --model."
+        ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, change and write nothing.")] = False,
     force: Force = False,
@@ -88,14 +92,17 @@ def transform(
 @app.command()
 def profile(
     target: Annotated[
-        str | None, typer.Argument(help="Result, checkpoint or zoo name; the newest result in checkpoints/ if not given.")
+        str | None,
+        typer.Argument(help="Result, checkpoint or zoo name; the newest result in checkpoints/ if not given."),
     ] = None,
     arch: Arch = None,
     model: Model = None,
     model_args: ModelArgs = None,
     input_size: InputSize = None,
     per_layer: Annotated[bool, typer.Option("--layers", help="One row per layer as well as the totals.")] = False,
-    sort: Annotated[str | None, typer.Option("--sort", help="Order of the layers: ops, flops, bops, parameters, packed.")] = None,
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="Order of the layers: ops, flops, bops, parameters, packed.")
+    ] = None,
     depth: Annotated[int | None, typer.Option("--depth", help="Sum layers up to this depth of their path.")] = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One row per layer as CSV.")] = False,
@@ -129,7 +136,9 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown (also what you get without it).")] = False,
     as_json: Json = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")] = None,
-    timestamp: Annotated[bool, typer.Option("--timestamp/--no-timestamp", help="State when the report was made.")] = True,
+    timestamp: Annotated[
+        bool, typer.Option("--timestamp/--no-timestamp", help="State when the report was made.")
+    ] = True,
     model: Model = None,
     force: Force = False,
 ) -> None:
@@ -233,7 +242,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `repbnn zoo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     except BaseException as error:
@@ -243,10 +252,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: BaseException, debug: bool) -> int:
-    if isinstance(error, click.ClickException):
+    describe = getattr(error, "format_message", None)  # typer's usage errors; the class moved between its versions
+    if callable(describe):
         context: Any = getattr(error, "ctx", None)
         where = f" (see `{context.command_path} --help`)" if context else ""
-        print(f"error: {error.format_message()}{where}", file=sys.stderr)
+        print(f"error: {' '.join(describe().split())}{where}", file=sys.stderr)
         return 2
     if isinstance(error, RepbnnError):
         print(f"error: {error}", file=sys.stderr)

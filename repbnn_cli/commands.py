@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from repbnn_cli import checkpoint, identify, paper, profiler, result, rule_files, source, surgery, tables, views
+from repbnn_cli import checkpoint, identify, paper, profiler, result, rule_files, shapes, source, surgery, tables, views
 from repbnn_cli import report as report_room
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
@@ -39,17 +39,19 @@ def transform(
     rule_set = rulebook.load(rules or DEFAULT_RULES).with_options(beta, inherit, last_layer)
     target = Path(output) if output else source.default_output(path, rule_set.options.beta)
     if not dry_run:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.check_output(target, force=force)
+        _check_output(output or target, force=force)
     src = source.from_checkpoint(path, **origin)
-    plan = make_plan(src, rule_set)
-    if dry_run:
-        _show_plan(src, plan, as_json=as_json)
-        return
-    rep = surgery.apply(plan)
-    certificate = certify(src, plan, rep, mode=verify)
+    with source.running(src.model):
+        plan = make_plan(src, rule_set)
+        if dry_run:
+            _show_plan(src, plan, as_json=as_json)
+            return
+        rep = surgery.apply(plan)
+        certificate = certify(src, plan, rep, mode=verify)
     payload = result.payload_of(src, plan, rep, certificate, slim=slim)
     if certificate.passed:
+        if output is None:
+            target.parent.mkdir(exist_ok=True)
         result.save(payload, target, force=force)
     _show_transform(src, plan, certificate, target, as_json=as_json)
     if not certificate.passed:
@@ -65,7 +67,7 @@ def make_plan(src: Source, rules: RuleSet) -> Plan:
     return surgery.plan(network, rules)
 
 
-def certify(src: Source, plan: Plan, rep: torch.nn.Module, *, mode: str) -> Certificate:
+def certify(src: Source, plan: Plan, rep: torch.fx.GraphModule, *, mode: str) -> Certificate:
     """All checks; one sample is enough where images are large and no layer is foreign."""
     full = mode == "full" or (mode == "auto" and not src.trusted)
     large = torch.Size(src.origin.input_shape[0]).numel() > 50_000
@@ -257,7 +259,8 @@ def zoo(*, as_json: bool) -> None:
     if as_json:
         views.print_json(tables.zoo_as_dict(entries))
     else:
-        views.console().print(tables.rich_zoo(entries))
+        out = views.console()
+        out.print(tables.rich_zoo(entries, width=out.width))
 
 
 def _profile_of(model: torch.nn.Module, origin: source.Origin) -> profiler.Profile:
@@ -266,9 +269,9 @@ def _profile_of(model: torch.nn.Module, origin: source.Origin) -> profiler.Profi
 
 
 def _comparison(opened: result.Result) -> profiler.Comparison:
-    """Both sides of a result. The source was captured to make the plan; its roles are those the rules declared."""
+    """Both sides of a result, with the roles that its rules declared."""
     before = profiler.profile(opened.network, opened.plan.layers)
-    return profiler.compare(before, _profile_of(opened.module, opened.origin))
+    return profiler.compare(before, profiler.profile(*shapes.rep_network(opened.plan, opened.module)))
 
 
 def _report_input(opened: result.Result, *, timestamp: bool) -> report_room.ReportInput:
@@ -325,8 +328,9 @@ def _zoo_network(name: str, input_size: str | None) -> Source:
     return Source(source.from_origin(origin), origin, reason="from the zoo, without trained weights")
 
 
-def _check_output(output: str | None, *, force: bool) -> None:
-    if output is not None:
+def _check_output(output: str | Path | None, *, force: bool) -> None:
+    """Early, before any work: the place can be written. The folder checkpoints/ is made when there is a result."""
+    if output is not None and (isinstance(output, str) or output.parent.is_dir()):
         checkpoint.check_output(output, force=force)
 
 

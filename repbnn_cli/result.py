@@ -120,9 +120,10 @@ def open_result(path: str | os.PathLike[str], model: ModelSource | None = None) 
         network_module.load_state_dict(payload["source_tensors"], assign=True)
     rules = loads(payload["rules"], name=f"rules stored in {Path(path).name}")
     network = source.capture(network_module, origin, rules)
-    plan = surgery.plan(network, rules)
     try:
-        module = surgery.apply(plan, state=payload["tensors"])
+        with source.running(network_module):
+            plan = surgery.plan(network, rules)
+            module = surgery.apply(plan, state=payload["tensors"])
     except RuntimeError as error:  # load_state_dict: the stored tensors do not fit what the rules make now
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: its tensors do not fit the network that its rules make ({first})") from error

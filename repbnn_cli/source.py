@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import nn
 
 from repbnn_cli import checkpoint, graph, identify, user_model, zoo
 from repbnn_cli.checkpoint import Checkpoint
+from repbnn_cli.cpu_only import cpu_only
 from repbnn_cli.errors import UsageError
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
+from repbnn_cli.tracer import interceptable
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ def is_trusted(model: nn.Module) -> bool:
     )
 
 
+def running(model: nn.Module) -> AbstractContextManager[None]:
+    """For running a network whose forward may say `.cuda()`: where there is no CUDA, that means the CPU meanwhile."""
+    return nullcontext() if is_trusted(model) else cpu_only()
+
+
 def from_checkpoint(
     path: str,
     *,
@@ -92,7 +100,7 @@ def from_checkpoint(
     if model is not None:
         if arch is not None:
             raise UsageError("--model and --arch both name the network; give one of them")
-        network = build_user_model(model, parse_args(model_args))
+        network = build_user_model(model, parse_args(model_args)).eval()
         user_model.load_weights(network, file.tensors, prefix=file.prefix, path=path)
         origin = Origin(None, model, parse_args(model_args), None, parse_input_size(input_size))
         return Source(network, origin, file, f"built by {model}", file.notes)
@@ -121,7 +129,7 @@ def from_origin(origin: Origin) -> nn.Module:
 
 def build_user_model(spec: str, args: dict[str, Any]) -> nn.Module:
     """The user's network; calls that fx cannot see are made visible while it is imported and built."""
-    return user_model.build(spec, args, around=graph.interceptable())
+    return user_model.build(spec, args, around=interceptable())
 
 
 def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> graph.Network:
@@ -133,7 +141,8 @@ def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> g
             return None
         return rule.leaf is not False
 
-    return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=is_trusted(model))
+    with running(model):
+        return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=is_trusted(model))
 
 
 def parse_args(text: str | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _ACTIONS = {
     "per_channel": "per-channel",
     "parameter": "parameter",
     "depthwise": "depthwise, tiled",
+    "per_replica": "applied to each copy",
     "select_inputs": "classifier inputs",
 }
 

@@ -1,0 +1,96 @@
+"""Shapes of a graph that exists already: what a Rep network costs is known without capturing it again.
+
+Tracing the network that `surgery.apply` made would lose the names and module paths of its nodes, by which a comparison
+matches them with the source network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.plan import ModuleEdit, Plan
+from repbnn_cli.probe import ConvCalls, facts
+from repbnn_cli.recognize import CONVOLUTIONS, Layer
+from repbnn_cli.tracer import fetch, known_shape, on_meta
+
+
+def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Layer]]:
+    """The Rep network of a plan with a shape for every node, and its layers: what `profiler.profile` takes.
+
+    rep: what `surgery.apply` gave for `plan`; only the `meta` of its nodes is written.
+    """
+    layers = dict(plan.layers)
+    for edit in plan.edits:
+        if edit.path in layers and edit.channels is not None:
+            layers[edit.path] = _after(layers[edit.path], edit)
+    for path in plan.added:
+        layers[path] = Layer(path, "weightless", "added by the transform")
+    return propagate(rep, plan.network.example), layers
+
+
+def _after(layer: Layer, edit: ModuleEdit) -> Layer:
+    if layer.role not in CONVOLUTIONS or edit.channels is None:
+        return layer
+    into, out = edit.channels
+    groups = into if edit.action == "depthwise" else layer.groups
+    return replace(layer, kernel_shape=(out, into // groups, *layer.kernel_shape[2:]), groups=groups)
+
+
+def propagate(module: fx.GraphModule, example: tuple[tuple[int, ...], ...]) -> Network:
+    """Gives every node of an existing graph its `meta["value"]`, as `graph.capture(..., shapes_only=True)` would.
+
+    example: input shapes, batch included. Convolutions of torch's and of this package do not run; other modules see
+    zeros. The module is left as it was.
+    """
+    like = next(iter(module.parameters()), torch.zeros(()))
+    inputs = iter(like.new_zeros(()).expand(shape) for shape in example)
+    values: dict[fx.Node, Any] = {}
+    with unchanged(module, parameters=False), torch.no_grad():
+        for node in module.graph.nodes:
+            value = next(inputs) if node.op == "placeholder" else _value(module, node, values)
+            node.meta["value"] = on_meta(value)
+            values[node] = _hollow(value)
+    return Network(module, example)
+
+
+def _value(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node.op == "output":
+        return args[0]
+    try:
+        return _execute(root, node, args, kwargs)
+    except RuntimeError:  # in-place operators need a tensor with memory of its own
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _filled(values[n]))
+        return _execute(root, node, args, kwargs)
+
+
+def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "get_attr":
+        return fetch(root, str(node.target))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    module = fetch(root, str(node.target))
+    known = known_shape(module, args)
+    if known is not None:
+        return known
+    with ConvCalls() as seen:
+        result = module(*args, **kwargs)
+    node.meta["convs"] = [facts(c) for c in seen.calls if not c.kernel.is_meta]
+    return result
+
+
+def _hollow(value: Any) -> Any:
+    """The same shape without memory behind it."""
+    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) and value.numel() > 1 else value
+
+
+def _filled(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
