@@ -110,30 +110,38 @@ def grouped(state: Tiled, groups: int) -> Tiled:
 # Operators by what they do to channels (axis 1)
 
 # Element by element: every tensor operand has the same map, or no channel axis.
-POINTWISE = frozenset(
-    "add sub mul div truediv floordiv pow neg abs relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid tanh sign sgn "
-    "leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid softplus softsign threshold exp log sqrt rsqrt "
-    "square reciprocal sin cos erf round floor ceil where maximum minimum eq ne lt le gt ge logical_and logical_or "
-    "logical_not lerp addcmul addcdiv float double half to type type_as clone contiguous detach identity radd rsub "
-    "rmul iadd isub imul itruediv rtruediv masked_fill nan_to_num heaviside isnan and_ or_ invert bool int long "
-    "zeros_like ones_like full_like rand_like randn_like empty_like requires_grad_ mod remainder fmod".split()
-)
+POINTWISE = frozenset((
+    "add", "sub", "mul", "div", "truediv", "floordiv", "pow", "neg", "abs", "relu", "relu6", "hardtanh", "clamp",
+    "clip", "clamp_min", "clamp_max", "sigmoid", "tanh", "sign", "sgn", "leaky_relu", "elu", "selu", "celu", "gelu",
+    "silu", "mish", "hardswish", "hardsigmoid", "softplus", "softsign", "threshold", "exp", "log", "sqrt", "rsqrt",
+    "square", "reciprocal", "sin", "cos", "erf", "round", "floor", "ceil", "where", "maximum", "minimum", "eq", "ne",
+    "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "lerp", "addcmul", "addcdiv", "float",
+    "double", "half", "to", "type", "type_as", "clone", "contiguous", "detach", "identity", "radd", "rsub", "rmul",
+    "iadd", "isub", "imul", "itruediv", "rtruediv", "masked_fill", "nan_to_num", "heaviside", "isnan", "and_", "or_",
+    "invert", "bool", "int", "long", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like",
+    "requires_grad_", "mod", "remainder", "fmod",
+))  # fmt: skip
 # Position by position of the spatial axes, each channel alone.
-SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample "
-    "boolean_dispatch".split()
-)
+SPATIAL = frozenset((
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "lp_pool2d", "interpolate", "upsample", "boolean_dispatch",
+))  # fmt: skip
 # Random per element: copies must be drawn apart, so the repeat comes first.
-RANDOM = frozenset("dropout alpha_dropout dropout2d feature_dropout bernoulli rrelu".split())
-REDUCE = frozenset("mean sum amax amin max min var std norm logsumexp prod any all".split())
+RANDOM = frozenset((
+    "dropout", "alpha_dropout", "dropout2d", "feature_dropout", "bernoulli", "rrelu",
+))  # fmt: skip
+REDUCE = frozenset((
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "prod", "any", "all",
+))  # fmt: skip
 # Without parameters, whatever it does to channels: applied to each replica (`Folded`).
-FOLDABLE = frozenset(
-    "view reshape flatten unflatten permute transpose swapaxes movedim t chunk split tensor_split narrow select getitem "
-    "pad stack roll flip channel_shuffle pixel_shuffle pixel_unshuffle unsqueeze squeeze softmax log_softmax cat concat "
-    "index_select expand expand_as repeat unbind unfold einops normalize view_as reshape_as cumsum sort topk argmax "
-    "gather matmul bmm".split()
-)
+FOLDABLE = frozenset((
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "chunk", "split",
+    "tensor_split", "narrow", "select", "getitem", "pad", "stack", "roll", "flip", "channel_shuffle", "pixel_shuffle",
+    "pixel_unshuffle", "unsqueeze", "squeeze", "softmax", "log_softmax", "cat", "concat", "index_select", "expand",
+    "expand_as", "repeat", "unbind", "unfold", "einops", "normalize", "view_as", "reshape_as", "cumsum", "sort",
+    "topk", "argmax", "gather", "matmul", "bmm",
+))  # fmt: skip
 _SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
@@ -252,10 +260,18 @@ def commutes(call: Callable[..., Any], inputs: list[Any]) -> bool:
 
 def acts_per_sample(call: Callable[..., Any], inputs: list[Any]) -> bool:
     """Whether call treats every sample alone: then replicas can be given to it as samples."""
+    others = [v * 0.5 if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs]
     with torch.no_grad():
-        full = call(*inputs)
-        twice = call(*[torch.cat([v, v.flip(0)]) if isinstance(v, Tensor) else v for v in inputs])
-    if not isinstance(full, Tensor) or not isinstance(twice, Tensor):
+        one, other = call(*inputs), call(*others)
+        pairs = zip(inputs, others, strict=True)
+        both = call(*[torch.cat([v, w]) if isinstance(v, Tensor) else v for v, w in pairs])
+    if isinstance(both, tuple | list):
+        return bool(both) and len(one) == len(both) and all(map(_is_one_after_other, both, one, other))
+    return _is_one_after_other(both, one, other)
+
+
+def _is_one_after_other(both: Any, one: Any, other: Any) -> bool:
+    if not all(isinstance(v, Tensor) and v.ndim > 0 for v in (both, one, other)):
         return False
-    wanted = torch.cat([full, full.flip(0)])
-    return twice.shape == wanted.shape and torch.allclose(twice, wanted, rtol=1e-5, atol=1e-6)
+    wanted = torch.cat([one, other])
+    return both.shape == wanted.shape and torch.allclose(both, wanted, rtol=1e-5, atol=1e-6)

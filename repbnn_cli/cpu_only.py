@@ -47,6 +47,7 @@ def _substitutes() -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "device", lambda *_: contextlib.nullcontext()
     for kind in _LEGACY_TYPES:
         yield torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor")
+    yield Tensor, "cuda", lambda tensor, *_, **__: tensor  # where no mode reaches: in a custom backward
     yield torch, "set_default_tensor_type", _with_cpu_type(torch.set_default_tensor_type)
     yield torch, "set_default_device", _with_cpu_device(torch.set_default_device)
     yield torch, "load", _with_cpu_location(torch.load)

@@ -29,6 +29,12 @@ class CheckpointError(RepbnnError):
     exit_code = 3
 
 
+class DataError(RepbnnError):
+    """A data set that is missing, incomplete, damaged, or not what its name says; names files and how to get them."""
+
+    exit_code = 3
+
+
 class CaptureError(RepbnnError):
     """A network that cannot be captured as a graph; names file, line and construct."""
 
@@ -45,3 +51,18 @@ class VerificationError(RepbnnError):
     """A check that failed: the transformed network is not what it has to be."""
 
     exit_code = 4
+
+
+class DivergedError(RepbnnError):
+    """Training that met NaN or infinity; names the layer, the step, and the last good state."""
+
+    exit_code = 4
+
+
+class StoppedError(RepbnnError):
+    """Training stopped by a signal once its state was saved; the exit code is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.exit_code = 128 + signal

@@ -1,4 +1,4 @@
-"""Convolutions that a forward calls as functions (`F.conv2d(x, sign(self.weight))`), made modules of the captured graph.
+"""Convolutions that a forward calls as functions (`F.conv2d(x, sign(self.weight))`), as modules of the captured graph.
 
 A rule, a plan and a profile speak of modules. The module made here holds no tensors: its kernel and bias stay what they
 were, tensors computed in the graph, so the names in the state dict and the gradients stay, too.

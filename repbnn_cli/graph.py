@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli.cpu_only import cpu_only
 from repbnn_cli.errors import CaptureError
+from repbnn_cli.functional import as_modules
+from repbnn_cli.modes import join
 from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
@@ -57,7 +60,8 @@ class Network:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is kept whole: it owns what its forward needs, so tracing inside gains nothing.
 
-    A block that owns one scale beside its children is *not* a leaf: its convolutions would disappear.
+    A block that owns one scale beside its children is *not* a leaf: its convolutions would disappear. Nor is a layer
+    that owns a kernel beside a BatchNorm or the layers of a gate: each of these is handled as what it is.
     """
     if isinstance(module, (fx.GraphModule, *_CONTAINERS)):
         return False
@@ -70,7 +74,15 @@ def is_leaf(module: nn.Module) -> bool:
     below = any(True for child in children for _ in child.parameters())
     if not below:  # owns all parameters itself, or is a parameter-free helper
         return True
-    return any(_kernel_like(t) for t in own)
+    kernels = {t.numel() for t in own if _kernel_like(t)}
+    return bool(kernels) and not any(_is_layer(m, kernels) for m in module.modules() if m is not module)
+
+
+def _is_layer(module: nn.Module, kernels: set[int]) -> bool:
+    """Whether a child is a layer of its own: a BatchNorm, or a kernel that is no copy of its owner's."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    return any(_kernel_like(t) and t.numel() not in kernels for t in module.parameters(recurse=False))
 
 
 def _kernel_like(tensor: Tensor) -> bool:
@@ -105,16 +117,26 @@ def capture(
         opinion = leaf(path, module) if leaf else None
         return is_leaf(module) if opinion is None else opinion
 
-    tracer, graph, constants = _trace(model, examples, policy, shapes_only)
-    if tracer.mode_branches:
-        _same_in_both_modes(model, examples, policy, graph, tracer.mode_branches[0])
-    module = assemble(model, graph, tracer.leaf_paths, constants)
-    return Network(module, tuple(tuple(e.shape) for e in examples), tracer.notes)
+    with contextlib.nullcontext() if shapes_only else cpu_only():
+        traced = _trace(model, examples, policy, shapes_only)
+        if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
+            # it decides on values, or what it applies has to be looked at; zeros are not the network's
+            traced = _trace(model, examples, policy)
+        if traced.tracer.mode_branches:
+            traced = _for_both_modes(model, examples, policy, traced)
+    calls = as_modules(traced.graph)
+    module = assemble(model, traced.graph, traced.tracer.leaf_paths, traced.constants, calls)
+    return Network(module, tuple(tuple(e.shape) for e in examples), traced.tracer.notes)
 
 
-def _trace(
-    model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False
-) -> tuple[Tracer, fx.Graph, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class _Traced:
+    tracer: Tracer
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+
+def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False) -> _Traced:
     tracer = Tracer(examples, leaf, shapes_only=shapes_only)
     with (
         unchanged(model, parameters=not shapes_only),
@@ -132,29 +154,41 @@ def _trace(
         # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
         constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
         constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}
-    return tracer, graph, constants
+    return _Traced(tracer, graph, constants)
 
 
-def _same_in_both_modes(
-    model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, graph: fx.Graph, where: str
-) -> None:
-    """A graph holds one branch of `if self.training`; that is right only when the other one gives the same graph."""
+def _for_both_modes(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, traced: _Traced) -> _Traced:
+    """A graph holds one branch of `if self.training`; right when the other one gives the same graph, or only writes."""
+    training = model.training
     with unchanged(model):
-        model.train(not model.training)
-        _, other, _ = _trace(model, examples, leaf)
-    if str(other) != str(graph):
-        raise CaptureError(
-            f"{where}: the branch on `self.training` does different things in train and eval mode, and a graph holds "
-            "only one; move it into a module of its own, or keep the enclosing module whole "
-            "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
-        )
+        model.train(not training)
+        other = _trace(model, examples, leaf)
+    if str(other.graph) == str(traced.graph) or join(traced.graph, other.graph, training=training):
+        return traced
+    if join(other.graph, traced.graph, training=not training):
+        return other
+    raise CaptureError(
+        f"{traced.tracer.mode_branches[0]}: the branch on `self.training` does different things in train and eval "
+        "mode, and a graph holds only one; move it into a module of its own, or keep the enclosing module whole "
+        "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
+    )
 
 
 def assemble(
-    model: nn.Module, graph: fx.Graph, leaves: set[str], constants: dict[str, Tensor] | None = None
+    model: nn.Module,
+    graph: fx.Graph,
+    leaves: set[str],
+    constants: Mapping[str, Tensor] | None = None,
+    added: Mapping[str, nn.Module] | None = None,
 ) -> fx.GraphModule:
-    """A GraphModule over the model's whole module tree: same names in the same order, called or not."""
+    """A GraphModule over the model's whole module tree: same names in the same order, called or not.
+
+    added: path → module without tensors that the graph calls besides.
+    """
     tree = _skeleton(model, "", leaves)
+    for path, module in (added or {}).items():
+        owner, _, name = path.rpartition(".")
+        (tree.get_submodule(owner) if owner else tree).add_module(name, module)
     for name, value in (constants or {}).items():
         tree.register_buffer(name, value, persistent=False)
     return KeptGraphModule(tree, graph, class_name=type(model).__name__)
@@ -173,7 +207,8 @@ class KeptGraphModule(fx.GraphModule):
         tree = nn.Module()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
-        copied = KeptGraphModule(tree, copy.deepcopy(self.graph, memo), class_name=self._get_name())
+        name = str(self._get_name())  # type: ignore[no-untyped-call]
+        copied = KeptGraphModule(tree, copy.deepcopy(self.graph, memo), class_name=name)
         for old, new in zip(self.graph.nodes, copied.graph.nodes, strict=True):
             new.meta = dict(old.meta)
         memo[id(self)] = copied
@@ -186,10 +221,15 @@ def _skeleton(module: nn.Module, path: str, leaves: set[str]) -> nn.Module:
     bare.__dict__["_parameters"] = dict(module._parameters)
     bare.__dict__["_buffers"] = {n: b for n, b in module._buffers.items() if not n.startswith("_tensor_constant")}
     bare.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    for name, value in vars(module).items():  # tensors that the forward reads without having registered them
+        if isinstance(value, Tensor) and not name.startswith("_tensor_constant"):
+            bare.register_buffer(name, value, persistent=False)
     for name, child in module._modules.items():
         below = f"{path}.{name}" if path else name
-        whole = child is None or below in leaves or (not isinstance(child, _CONTAINERS) and is_leaf(child))
-        bare._modules[name] = child if whole else _skeleton(child, below, leaves)
+        if child is None or below in leaves or (not isinstance(child, _CONTAINERS) and is_leaf(child)):
+            bare._modules[name] = child
+        else:
+            bare._modules[name] = _skeleton(child, below, leaves)
     return bare
 
 
@@ -220,22 +260,21 @@ def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
                     tensor.data = data.copy_(value)
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {n: dict(v) if n in ("_parameters", "_buffers", "_modules") else v for n, v in module.__dict__.items()}
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Name → value, and what it holds where a forward could write into it (`self.history.append(x)`)."""
+    return {n: (v, copy.copy(v) if type(v) in (dict, list, set) else None) for n, v in module.__dict__.items()}
 
 
-def _restore(module: nn.Module, saved: dict[str, Any]) -> None:
+def _restore(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
     for name in set(module.__dict__) - set(saved):
         del module.__dict__[name]
-    for name, value in saved.items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            module.__dict__[name].clear()
-            module.__dict__[name].update(value)
-        else:
-            module.__dict__[name] = value
+    for name, (value, content) in saved.items():
+        module.__dict__[name] = value
+        if content is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
 
 
 def _as_shapes(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    if all(isinstance(n, int) for n in shape):
-        return (tuple(shape),)  # type: ignore[arg-type]
-    return tuple(tuple(s) for s in shape)  # type: ignore[union-attr]
+    numbers = tuple(n for n in shape if isinstance(n, int))
+    return (numbers,) if len(numbers) == len(shape) else tuple(tuple(s) for s in shape if not isinstance(s, int))

@@ -6,6 +6,7 @@ Source: RepBNN, arXiv 2207.09049, section 3; carrying weights over is this tool'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,10 @@ class Tile:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor.index_select(self.axis, _long(self.index, tensor))
+
+    def result_shape(self, source: torch.Size) -> tuple[int, ...]:
+        """Of what this makes of a tensor of the shape `source`."""
+        return _resized(source, self.axis, len(self.index))
 
     def describe(self) -> str:
         return "tiled"
@@ -58,9 +63,12 @@ class Mean:
     def __call__(self, tensor: Tensor) -> Tensor:
         table = self.members.table().to(tensor.device)
         picked = tensor.index_select(self.axis, table.flatten()).unflatten(self.axis, table.shape)
-        if not tensor.is_floating_point():
-            return picked.select(self.axis + 1, 0)
-        return picked.mean(self.axis + 1)
+        mean: Tensor = picked.mean(self.axis + 1) if tensor.is_floating_point() else picked.select(self.axis + 1, 0)
+        return mean
+
+    def result_shape(self, source: torch.Size) -> tuple[int, ...]:
+        """Of what this makes of a tensor of the shape `source`."""
+        return _resized(source, self.axis, self.members.out_channels // self.members.beta)
 
     def describe(self) -> str:
         return f"mean of {self.members.beta}"
@@ -71,7 +79,7 @@ class Kernel:
     """The kernel (O, I, k...) as (O/b, I·b, k...): K[o, j] = W[members[o][replica[j]], column[j]].
 
     column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
-    stored: the shape in which the module keeps its kernel, when that is flat.
+    shape: (O, I, k...). flat: whether the module keeps it as (N, 1).
     """
 
     shape: tuple[int, ...]
@@ -81,19 +89,40 @@ class Kernel:
     flat: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        kernel = tensor.new_empty(self._new_shape)
+        for start, stop, block in self._blocks(tensor):
+            kernel[:, start:stop] = block
+        return kernel.reshape(-1, *tensor.shape[1:]) if self.flat else kernel
+
+    @property
+    def _new_shape(self) -> tuple[int, ...]:
+        return (self.shape[0] // self.members.beta, len(self.column), *self.shape[2:])
+
+    def result_shape(self, source: torch.Size) -> tuple[int, ...]:
+        """Of what this makes of a tensor of the shape `source`."""
+        return tuple(source) if self.flat else self._new_shape
+
+    def made(self, tensor: Tensor, own: Tensor) -> bool:
+        """Whether `own` is what this makes of `tensor`, without making it again."""
+        if tuple(own.shape) != self.result_shape(tensor.shape):
+            return False
+        kernel = own.reshape(self._new_shape)
+        return all(torch.equal(kernel[:, start:stop], block) for start, stop, block in self._blocks(tensor))
+
+    def _blocks(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, values of the inputs start … stop − 1), in whole runs of neighbouring channels.
+
+        Kernels are most of a network, and gathering them one by one takes ten times as long.
+        """
         source = tensor.reshape(self.shape)
         table = self.members.table().to(tensor.device)
-        kernel = source.new_empty(len(table), len(self.column), *self.shape[2:])
-        # Whole runs of neighbouring channels at a time: kernels are most of a network, and gathering them one by one
-        # takes ten times as long.
         for start, stop in runs(self.column, self.replica):
             first = self.column[start]
             filters = table[:, self.replica[start]]
             step = int(filters[1] - filters[0]) if len(filters) > 1 else 1
             # Filters that share a channel's turn lie evenly spaced, so this is a view.
             block = source[int(filters[0]) :: step][: len(filters)] if self.members.groups == 1 else source[filters]
-            kernel[:, start:stop] = block[:, first : first + stop - start]
-        return kernel.reshape(-1, *tensor.shape[1:]) if self.flat else kernel
+            yield start, stop, block[:, first : first + stop - start]
 
     def describe(self) -> str:
         return self.members.inherit
@@ -116,6 +145,10 @@ class Columns:
             picked = picked + tensor.index_select(1, column)
         return picked * self.scale if self.scale != 1.0 else picked
 
+    def result_shape(self, source: torch.Size) -> tuple[int, ...]:
+        """Of what this makes of a tensor of the shape `source`."""
+        return _resized(source, 1, len(self.groups))
+
     def describe(self) -> str:
         return "tiled / β" if self.scale != 1.0 else ("summed" if len(self.groups[0]) > 1 else "selected")
 
@@ -129,6 +162,10 @@ def runs(column: tuple[int, ...], replica: tuple[int, ...] = ()) -> list[tuple[i
         j for j in range(1, len(column)) if column[j] != column[j - 1] + 1 or (replica and replica[j] != replica[j - 1])
     ]
     return list(zip([0, *cuts], [*cuts, len(column)], strict=True))
+
+
+def _resized(shape: torch.Size, axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def _long(values: tuple[int, ...], like: Tensor) -> Tensor:

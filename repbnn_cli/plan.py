@@ -24,6 +24,7 @@ class ModuleEdit:
     action: repeat_output, rep_conv, rep_batch_norm, batch_norm, per_channel, parameter, depthwise, select_inputs.
     tensors: (name within the module, recipe); channels: (in, out) the module has afterwards; repeats: of its output.
     before, after: shapes for people to read. reset: fresh initialisation instead of the recipes' values.
+    layout: for a convolution that is called as a function, what happens to its kernel, which is computed elsewhere.
     """
 
     path: str
@@ -38,14 +39,25 @@ class ModuleEdit:
     channels: tuple[int, int] | None = None
     repeats: int = 1
     reset: bool = False
+    layout: Recipe | None = None
+
+    def tensor_path(self, name: str) -> str:
+        """Dotted path from the network of a tensor that is edited."""
+        return self.path if self.action == "parameter" else f"{self.path}.{name}"
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a tensor of the source network is found in the Rep network: node name there, and its channel map."""
+    """Where a tensor of the source network is found in the Rep network: node name there, and its channel map.
+
+    static: computed from parameters alone, which change in their own ways; not comparable.
+    by_position: a sum of differently ordered replicas as they come (rules: `align: position`); not comparable either.
+    """
 
     node: str
     state: State
+    static: bool = False
+    by_position: bool = False
 
 
 @dataclass

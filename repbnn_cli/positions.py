@@ -29,7 +29,7 @@ def positions(network: Network, layers: Mapping[str, Layer]) -> dict[str, str]:
     """
     bit: dict[str, int] = {}
     for node in network.graph.nodes:
-        if node.op == "call_module" and layers[node.target].role in CONVOLUTIONS:
+        if node.op == "call_module" and node.target in layers and layers[node.target].role in CONVOLUTIONS:
             bit.setdefault(str(node.target), 1 << len(bit))
     before: dict[fx.Node, int] = {}
     bypass = 0

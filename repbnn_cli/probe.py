@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS: dict[Any, str] = {
+CALLED_CONVOLUTIONS: dict[Any, str] = {
     torch.conv1d: "conv1d",
     torch.conv2d: "conv2d",
     torch.conv3d: "conv3d",
     F.linear: "linear",
 }
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_LINEAR = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -37,67 +41,99 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class ConvFacts:
-    """What a call says about a layer: kernel shape (O, I/groups, k...), groups, and how many bits it really uses."""
+    """What a call says about a layer: kernel shape (O, I/groups, k...), groups, and how many bits it really uses.
+
+    positions: output positions of all samples together.
+    """
 
     kind: str
     kernel_shape: tuple[int, ...]
     groups: int
     weight_bits: int
     activation_bits: int
+    positions: int = 0
 
 
 class ConvCalls(TorchFunctionMode):
     """Records the convolutions and linear maps that run in its scope.
 
-    replace: called as replace(i, kernel) for the i-th call; returns the kernel to apply instead.
+    replace: called as replace(i, kernel) for the i-th call; returns the kernel to apply instead. One with fewer filters
+        has its output repeated along the channels (of each group) until there are `channels`.
     """
 
-    def __init__(self, replace: Callable[[int, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, replace: Callable[[int, Tensor], Tensor] | None = None, channels: int = 0) -> None:
         super().__init__()
         self.calls: list[ConvCall] = []
-        self._replace = replace
+        self._replace, self._channels = replace, channels
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = _CONVOLUTIONS.get(func)
+        kind = CALLED_CONVOLUTIONS.get(func)
         if kind is None:
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        kernel = args[1] if len(args) > 1 else kwargs["weight"]
+        given = dict(zip(_LINEAR if kind == "linear" else _CONV, args, strict=False)) | kwargs
+        groups = int(given.get("groups", 1))
         if self._replace is not None:
-            kernel = self._replace(len(self.calls), kernel)
-            args, kwargs = ((x, kernel, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"weight": kernel})
-        output = func(*args, **kwargs)
-        groups = 1 if kind == "linear" else (args[6] if len(args) > 6 else kwargs.get("groups", 1))
-        self.calls.append(ConvCall(kind, x, kernel, int(groups), output))
+            given["weight"] = self._replace(len(self.calls), given["weight"])
+            output = _repeated(func, given, groups, self._channels)
+        else:
+            output = func(*args, **kwargs)
+        self.calls.append(ConvCall(kind, given["input"], given["weight"], groups, output))
         return output
+
+
+def _repeated(func: Any, given: dict[str, Any], groups: int, channels: int) -> Tensor:
+    filters = len(given["weight"])
+    if filters == channels:
+        output: Tensor = func(**given)
+        return output
+    bias = given.pop("bias", None)
+    output = func(**given)
+    axis = output.ndim - 1 if func is F.linear else 1
+    blocks = output.unflatten(axis, (groups, filters // groups))
+    output = torch.cat([blocks] * (channels // filters), axis + 1).flatten(axis, axis + 1)
+    return output if bias is None else output + bias.view(-1, *[1] * (output.ndim - 1 - axis))
 
 
 def facts(call: ConvCall) -> ConvFacts:
     """Bits are read off the values: one magnitude per filter is a 1-bit kernel, 2ⁿ distinct inputs are n bits."""
     return ConvFacts(
-        call.kind, tuple(call.kernel.shape), call.groups, _kernel_bits(call.kernel), _value_bits(call.input[:1])
+        call.kind,
+        tuple(call.kernel.shape),
+        call.groups,
+        _kernel_bits(call.kernel),
+        _value_bits(call.input[:1]),
+        call.output.numel() // max(1, len(call.kernel)),
     )
 
 
 def _kernel_bits(kernel: Tensor) -> int:
-    """1 when each filter has a single magnitude (zeros aside, which sign gives for exact zeros), else 32."""
-    if kernel.is_meta:
+    """1 when each filter has one magnitude (zeros aside, which sign gives for exact zeros) or two values, else 32."""
+    if kernel.is_meta or not kernel.numel():
         return 32
-    magnitude = kernel.detach().reshape(len(kernel), -1).abs()
+    filters = kernel.detach().reshape(len(kernel), -1)
+    magnitude = filters.abs()
     largest = magnitude.amax(1, keepdim=True)
-    single = ((magnitude - largest).abs() <= 1e-5 * largest) | (magnitude == 0)
-    return 1 if magnitude.shape[1] > 1 and bool(single.all()) and bool((largest > 0).any()) else 32
+    tolerance = 1e-5 * largest
+    single = ((magnitude - largest).abs() <= tolerance) | (magnitude == 0)
+    if filters.shape[1] > 2:  # two values that are not ± one another: centre and distance per filter, or {0, 1}
+        low, high = filters.amin(1, keepdim=True), filters.amax(1, keepdim=True)
+        single = single.all(1) | (((filters - low) <= tolerance) | ((high - filters) <= tolerance)).all(1)
+    return 1 if filters.shape[1] > 1 and bool(single.all()) and bool((largest > 0).any()) else 32
 
 
 def _value_bits(values: Tensor) -> int:
     """The smallest of 1, 2, 4, 8 bits that can hold the distinct values of one sample, else 32."""
-    if values.is_meta or values.numel() < 1024:  # too few values to tell
+    if values.is_meta:
         return 32
     # Zeros are what sign gives for exact zeros and zero padding; they do not need a bit of their own.
     distinct = torch.unique(values.detach())
+    if not bool(distinct.any()):  # all zero, as in a capture for shapes only
+        return 32
     nonzero = int((distinct != 0).sum())
     count = nonzero if nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1])) else len(distinct)
+    if values.numel() < max(64, 4 * count):  # too few values to tell
+        return 32
     return next((bits for bits in (1, 2, 4, 8) if count <= 2**bits), 32)

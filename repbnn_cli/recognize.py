@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from repbnn_cli.rules import ModuleRule
 from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import RulesError
+from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network, unchanged
 from repbnn_cli.probe import ConvFacts
+from repbnn_cli.rules import ModuleRule
+from repbnn_cli.sides import Probe
+from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
@@ -33,6 +36,7 @@ class Layer:
     out_tensors, in_tensors: tensor name → the axis that is sized by output or input channel.
     same_tensors: further tensors shaped like the kernel (a binarised copy, say), treated like it.
     attributes: cached Python numbers, name → what they hold, as declared.
+    called: a convolution that a forward calls as a function; its kernel is computed from parameters held elsewhere.
     """
 
     path: str
@@ -48,6 +52,7 @@ class Layer:
     same_tensors: tuple[str, ...] = ()
     attributes: Mapping[str, str] = field(default_factory=dict)
     convolutions: int = 1
+    called: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -73,8 +78,9 @@ def type_names(module: nn.Module) -> tuple[str, ...]:
 def recognize(network: Network, declare: Declare | None = None) -> dict[str, Layer]:
     """Module path → Layer, for every module that the graph calls, in order of the first call."""
     layers: dict[str, Layer] = {}
+    static = static_nodes(network.graph)  # what computes a kernel is no layer
     for node in network.graph.nodes:
-        if node.op == "call_module" and node.target not in layers:
+        if node.op == "call_module" and node.target not in layers and node not in static:
             module = fetch(network.module, node.target)
             declared = declare(node.target, type_names(module)) if declare else None
             layers[node.target] = _recognize(node, module, declared)
@@ -88,12 +94,16 @@ def _recognize(node: fx.Node, module: nn.Module, declared: ModuleRule | None) ->
     if isinstance(module, BinaryConv2d):
         return _own(path, module)
     convs: list[ConvFacts] = node.meta.get("convs", [])
+    if isinstance(module, ConvolutionCall):
+        return _called(path, module, convs[0])
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and (
         type(module).__module__.startswith("torch.nn.") or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)
     ):
         return _torch_conv(path, module, convs)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return Layer(path, "batch_norm", f"is a {type(module).__name__}")
+    if isinstance(module, nn.LayerNorm):
+        return Layer(path, "per_channel", f"is a {type(module).__name__}: each sample by itself")
     tensors = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1}
     if convs:
         return _probed(node, module, convs, tensors)
@@ -114,6 +124,19 @@ def _own(path: str, module: BinaryConv2d) -> Layer:
         activation_bits=module.activation_bits,
         out_tensors={n: _axis(getattr(module, n), o) for n in module.out_channel_tensors},
         in_tensors={n: _axis(getattr(module, n), i) for n in module.in_channel_tensors},
+    )
+
+
+def _called(path: str, module: ConvolutionCall, conv: ConvFacts) -> Layer:
+    return Layer(
+        path,
+        _role(conv, conv.weight_bits),
+        f"is a call of {module.kind}",
+        kernel_shape=conv.kernel_shape,
+        groups=conv.groups,
+        weight_bits=conv.weight_bits,
+        activation_bits=conv.activation_bits,
+        called=True,
     )
 
 
@@ -153,78 +176,68 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
         return unknown("runs convolutions of different shapes", "trace into it (rule file: `leaf: false`)")
     shape = first.kernel_shape
     size = torch.Size(shape).numel()
-    parameters = dict(module.named_parameters())
-    candidates = [n for n, t in tensors.items() if n in parameters and t.numel() == size]
+    candidates = [n for n, t in tensors.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(tensors[n].shape) == shape]
-    candidates = exact or candidates
-    if len(candidates) != 1:
-        found = ", ".join(candidates) or "none"
+    # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
+    kernels = tuple(exact or candidates)
+    if not kernels:
         return unknown(
-            f"has {len(candidates)} candidates for its kernel ({found})", "name it (`kernel:`) in a rule file"
+            f"holds no tensor of the kernel {shape} that it applies",
+            "name it (`kernel:`, `kernel_shape:`) in a rule file",
         )
-    kernel = candidates[0]
-    same = tuple(n for n, t in tensors.items() if n != kernel and tuple(t.shape) == tuple(tensors[kernel].shape))
-    others = {n: t for n, t in tensors.items() if n != kernel and n not in same}
-    out_tensors, in_tensors, bad = _channel_tensors(node, module, others, shape[0], shape[1] * first.groups)
-    if bad:
+    if len({tuple(tensors[n].shape) for n in kernels}) > 1:
+        return unknown(f"may keep its kernel in {', '.join(kernels)}", "say which (`kernel:`) in a rule file")
+    axes = _axes(node, module, kernels, first, tensors)
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and "bias" in axes:
+        axes["bias"] = ("out", 0)  # by its type, even where its forward leaves it out
+    undecided = [n for n, (side, _) in axes.items() if side is None]
+    if undecided:
+        bad = undecided[0]
         return unknown(
-            f"has the tensor {bad}, whose channel axis cannot be told", "declare it (`per_channel:`) in a rule file"
+            f"has the tensor {bad} {tuple(tensors[bad].shape)}, whose channel axis cannot be told",
+            "declare it (`per_channel:`) in a rule file",
         )
     weight_bits = min(c.weight_bits for c in convs)
-    kind = "_linear" if first.kind == "linear" else "_conv"
-    role = (
-        "depthwise_conv" if first.groups > 1 and shape[1] == 1 else ("binary" if weight_bits == 1 else "float") + kind
-    )
     activation_bits = max(c.activation_bits for c in convs)
     return Layer(
         path,
-        role,
+        _role(first, weight_bits),
         f"{name} was seen to apply a kernel {shape} with {weight_bits}-bit weights and {activation_bits}-bit inputs",
-        kernel=kernel,
+        kernel=kernels[0],
         kernel_shape=shape,
         groups=first.groups,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        out_tensors=out_tensors,
-        in_tensors=in_tensors,
-        same_tensors=same,
+        out_tensors={n: axis for n, (side, axis) in axes.items() if side == "out"},
+        in_tensors={n: axis for n, (side, axis) in axes.items() if side == "in"},
+        same_tensors=kernels[1:],
         convolutions=len(convs),
     )
 
 
-def _channel_tensors(
-    node: fx.Node, module: nn.Module, tensors: dict[str, Tensor], out: int, into: int
-) -> tuple[dict[str, int], dict[str, int], str]:
-    """Tensors with one axis longer than 1, by size; where O = I, by which outputs a change of one value reaches."""
-    out_tensors: dict[str, int] = {}
-    in_tensors: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        long = [a for a, n in enumerate(tensor.shape) if n > 1]
-        if len(long) != 1 or tensor.shape[long[0]] not in (out, into):
-            return {}, {}, f"{name} {tuple(tensor.shape)}"
-        size = tensor.shape[long[0]]
-        side = _reaches(node, module, tensor, long[0]) if out == into else ("out" if size == out else "in")
-        if side is None:
-            return {}, {}, f"{name} {tuple(tensor.shape)}"
-        (out_tensors if side == "out" else in_tensors)[name] = long[0]
-    return out_tensors, in_tensors, ""
+def _role(conv: ConvFacts, weight_bits: int) -> str:
+    if conv.groups > 1 and conv.kernel_shape[1] == 1:
+        return "depthwise_conv"
+    return ("binary" if weight_bits == 1 else "float") + ("_linear" if conv.kind == "linear" else "_conv")
 
 
-def _reaches(node: fx.Node, module: nn.Module, tensor: Tensor, axis: int) -> str | None:
-    """ "out" when changing entry 0 changes output channel 0 alone, "in" when it changes others, None when nothing."""
-    inputs = _example_inputs(node, tensor)
-    with unchanged(module), torch.no_grad():
-        before = _first_tensor(module(*inputs))
-        for change in (lambda t: t + 1.0, lambda t: -3.0 * t - 1.0, lambda t: t - 10.0):
-            entry = tensor.data.narrow(axis, 0, 1)
-            kept = entry.clone()
-            entry.copy_(change(kept))
-            after = _first_tensor(module(*inputs))
-            entry.copy_(kept)
-            moved = (before - after).abs().amax(dim=[d for d in range(before.ndim) if d != 1]) > 0
-            if bool(moved.any()):
-                return "out" if bool(moved[0]) and not bool(moved[1:].any()) else "in"
-    return None
+def _axes(
+    node: fx.Node, module: nn.Module, kernels: tuple[str, ...], conv: ConvFacts, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[str | None, int]]:
+    """For each tensor beside the kernel: "out", "in", "none" or None (cannot be told), and the axis it is about."""
+    # Only the first argument has channels; others may be thresholds or modes.
+    given = _example_inputs(node, next(iter(tensors.values())))
+
+    def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
+        x = given[0] if order is None else given[0].index_select(1, order.to(given[0].device))
+        with unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name, value in replaced.items():
+                fetch(module, name).data = value
+            return _first_tensor(module(x, *given[1:]))
+
+    probe = Probe(run, tensors, kernels, conv.kernel_shape, conv.groups)
+    return {n: probe.place(n, linear=conv.kind == "linear") for n in tensors if n not in kernels}
 
 
 def _example_inputs(node: fx.Node, like: Tensor) -> list[Any]:
@@ -289,6 +302,8 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             f"{torch.Size(shape).numel()}"
         )
     convs: list[ConvFacts] = node.meta.get("convs", [])
+    declared: dict[str, tuple[str, int]] = {n: (str(p.channels), p.axis) for n, p in rule.per_channel.items()}
+    axes = declared | _undeclared(node, module, rule, kernel, shape, declared)
     activation = rule.activation_bits or max((c.activation_bits for c in convs), default=32)
     return Layer(
         path,
@@ -299,11 +314,34 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         groups=convs[0].groups if convs else int(getattr(module, "groups", 1)),
         weight_bits=rule.weight_bits or (1 if str(rule.role).startswith("binary") else 32),
         activation_bits=activation if activation != 32 or not str(rule.role).startswith("binary") else 1,
-        out_tensors={n: p.axis for n, p in rule.per_channel.items() if p.channels == "out"},
-        in_tensors={n: p.axis for n, p in rule.per_channel.items() if p.channels == "in"},
+        out_tensors={n: axis for n, (side, axis) in axes.items() if side == "out"},
+        in_tensors={n: axis for n, (side, axis) in axes.items() if side == "in"},
         attributes=rule.attributes,
         convolutions=max(1, len(convs)),
     )
+
+
+def _undeclared(
+    node: fx.Node, module: nn.Module, rule: ModuleRule, kernel: str, shape: tuple[int, ...], declared: Mapping[str, Any]
+) -> dict[str, tuple[str, int]]:
+    """The tensors of a declared convolution that its declaration leaves out: told by type or by what they do."""
+    convs: list[ConvFacts] = [c for c in node.meta.get("convs", []) if c.kernel_shape == shape]
+    tensors = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1}
+    open_ones = [n for n in tensors if n != kernel and n not in declared]
+    found: dict[str, tuple[str, int]] = {}
+    if "bias" in open_ones and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        found["bias"] = ("out", 0)
+    if not convs or set(open_ones) <= set(found):
+        return found
+    for name, (side, axis) in _axes(node, module, (kernel,), convs[0], tensors).items():
+        if name in open_ones and name not in found:
+            if side is None:
+                raise RulesError(
+                    f"{rule.where}: {node.target}.{name} {tuple(tensors[name].shape)} may be sized by channel; say so "
+                    f"(`per_channel: {{{name}: {{channels: out, axis: {axis}}}}}`, or `in`)"
+                )
+            found[name] = (side, axis)
+    return found
 
 
 def _check_tensors(rule: ModuleRule, path: str, module: nn.Module, names: Any) -> None:
@@ -327,3 +365,15 @@ def _number(rule: ModuleRule, path: str, module: nn.Module, value: int | str, po
 
 def _axis(tensor: Tensor, size: int) -> int:
     return next((a for a, n in enumerate(tensor.shape) if n == size), 0)
+
+
+def hints(layers: Mapping[str, Layer]) -> list[str]:
+    """What a person should know about roles that hold for the tensors at hand, and may not be meant."""
+    real = [p for p, layer in layers.items() if layer.weight_bits == 32 and layer.activation_bits == 1]
+    if not real:
+        return []
+    shown = ", ".join(real[:3]) + (f" and {len(real) - 3} more" if len(real) > 3 else "")
+    return [
+        f"1-bit inputs meet real weights in {shown}; if these are binarised from outside before each forward, declare "
+        "it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
+    ]

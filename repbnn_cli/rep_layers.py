@@ -38,8 +38,8 @@ class RepMixin:
     beta: int
     repeats: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        compact = super().forward(x)  # type: ignore[misc]
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        compact = super().forward(x, *operands)  # type: ignore[misc]
         return repeat_channels(compact, self.repeats, getattr(self, "groups", 1))
 
     def extra_repr(self) -> str:
@@ -81,6 +81,7 @@ class RepLinear(RepMixin, nn.Linear):
         self.beta, self.repeats = beta, beta * beta
 
 
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RepConv2d, nn.Linear: RepLinear}
 _made: dict[tuple[type, type], type] = {}
 
 
@@ -90,10 +91,10 @@ def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool) -> nn.
     Only the class changes: tensors, names, hooks and attributes stay. isinstance(module, RepBconv2d) holds for every
     binary one, isinstance(module, RepMixin) for all.
     """
-    cls = type(module)
-    mixin = RepBconv2d if binary else {nn.Conv2d: RepConv2d, nn.Linear: RepLinear}.get(cls, RepMixin)
-    if mixin in (RepConv2d, RepLinear):
-        module.__class__ = mixin
+    cls: type[nn.Module] = type(module)
+    mixin: type = RepBconv2d if binary else RepMixin
+    if not binary and cls in _PLAIN:
+        module.__class__ = _PLAIN[cls]
     else:
         key = (cls, mixin)
         if key not in _made:
@@ -133,7 +134,7 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.beta = math.isqrt(repeats) if beta is None else beta
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self._by_running_statistics(x)
         n, c, *rest = x.shape
@@ -151,7 +152,10 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
         per_copy = [[None] * self.repeats if t is None else t.view(self.repeats, -1).unbind() for t in tensors]
-        copies = [F.batch_norm(x, *values, training=False, eps=self.eps) for values in zip(*per_copy, strict=True)]
+        copies = [
+            F.batch_norm(x, mean, var, weight, bias, training=False, eps=self.eps)
+            for mean, var, weight, bias in zip(*per_copy, strict=True)
+        ]
         return copies[0] if self.repeats == 1 else torch.cat(copies, 1)
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalised
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, repeats={self.repeats}"
+        return f"{super().extra_repr()}, repeats={self.repeats}"  # type: ignore[no-untyped-call]
 
 
 class RepBatchNorm1d(_RepBatchNorm, nn.BatchNorm1d):
@@ -184,18 +188,20 @@ class RepBatchNorm2d(_RepBatchNorm, nn.BatchNorm2d):
 class ChannelSelect(nn.Module):
     """x[:, index]: the inputs that a last layer takes (ways 2 and 3), or a reordering of replicas.
 
-    index: the channels taken, along axis 1. A plain prefix is a slice and copies nothing.
+    index: the channels taken, along axis 1 (`axis`, for operands without a batch). A plain prefix is a slice and copies
+    nothing.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, axis: int = 1) -> None:
         super().__init__()
+        self.axis = axis
         self.register_buffer("index", index, persistent=False)
         self.prefix = bool(torch.equal(index, torch.arange(len(index))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, : len(self.index)] if self.prefix else x.index_select(1, self.index)
+        return x.narrow(self.axis, 0, len(self.index)) if self.prefix else x.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)} channels"

@@ -4,20 +4,22 @@ The file is a dictionary of tensors and plain values that loads with `weights_on
 
     format, version       "repbnn", 1
     tensors               the Rep network's state dict
-    source                how the source network is built (zoo name, or file.py:callable with its arguments), input shape,
-                          and the file it came from: name, SHA-256, size, stated accuracy, metadata
+    source                how the source network is built (zoo name, or file.py:callable with its arguments), input
+                          shape, and the file it came from: name, SHA-256, size, stated accuracy, metadata
     rules                 the resolved rule text, with the options that were in force
     options               beta, inherit, last_layer
     plan                  one row per changed module
     certificate           one row per check
     source_tensors        the source's state dict (empty with --slim)
     provenance            tool and library versions
+    training              once the Rep network was trained: its accuracy `top1`, recipe, data set, seed, epochs
 
 The graph is not stored: it is made again from source and rules, which is exact and keeps code out of the file.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -35,6 +37,7 @@ from repbnn_cli.graph import Network
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import loads
 from repbnn_cli.source import Origin, Source
+from repbnn_cli.tracer import interceptable
 from repbnn_cli.verify import Certificate
 
 ModelSource = str | nn.Module | Callable[[], nn.Module]
@@ -84,7 +87,7 @@ def payload_of(src: Source, plan: Plan, rep: nn.Module, certificate: Certificate
 
 
 def save(payload: Mapping[str, Any], path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes a result atomically: `.safetensors` holds tensors and the plain values as JSON text, all else torch.save."""
+    """Writes a result atomically: `.safetensors` holds tensors and the plain values as JSON, all else torch.save."""
     if Path(path).suffix != ".safetensors":
         checkpoint.save(payload, path, force=force)
         return
@@ -92,6 +95,15 @@ def save(payload: Mapping[str, Any], path: str | os.PathLike[str], *, force: boo
     # The network's tensors under their own names, so that any safetensors reader finds the state dict it expects.
     metadata = {"repbnn": json.dumps(plain, sort_keys=True, ensure_ascii=False)}
     checkpoint.save_safetensors(payload["tensors"], metadata, path, force=force)
+
+
+def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload of a result whose Rep network was trained further: its new tensors, and `training`, facts about that.
+
+    about: plain values; `top1`, in percent, is the network's accuracy. The certificate stays that of the transform.
+    """
+    kept = {key: value for key, value in payload.items() if key != "sha256"}  # of the file that it was read from
+    return {**kept, "tensors": dict(tensors), "training": dict(about)}
 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -159,4 +171,7 @@ def _source_model(path: Path, origin: Origin, model: ModelSource | None) -> nn.M
         )
     if isinstance(model, str):
         return source.build_user_model(model, dict(origin.model_args)).eval()
-    return (model if isinstance(model, nn.Module) else model()).eval()
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model).eval()  # it gets other weights
+    with interceptable():
+        return model().eval()

@@ -43,10 +43,10 @@ Cached = Literal["in_channels", "out_channels", "kernel_shape", "fan_in", "numel
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 _MIXING = ("repeat_output", "rep_conv", "select_inputs", "keep")
-# What mixes channels cannot be tiled and what does not cannot become a RepConv; depthwise ones do either.
+# What does not mix channels cannot become a RepConv. `tile` gives a depthwise convolution more filters and applies any
+# other one to each replica as it is.
 ACTIONS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(CONVOLUTIONS, _MIXING),
-    "depthwise_conv": (*_MIXING, "tile"),
+    **dict.fromkeys(CONVOLUTIONS, (*_MIXING, "tile")),
     **dict.fromkeys(("batch_norm", "per_channel", "weightless"), ("tile", "keep")),
 }
 REPEATING = ("repeat_output", "rep_conv")

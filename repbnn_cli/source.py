@@ -62,8 +62,9 @@ class Source:
 
     @property
     def trusted(self) -> bool:
-        """Only layers of torch's and of ours: their shapes are known without running them."""
-        return is_trusted(self.model)
+        """A zoo network of torch's and our layers: their shapes are known without running them. A user's forward may do
+        anything between them."""
+        return self.origin.model is None and is_trusted(self.model)
 
 
 def is_trusted(model: nn.Module) -> bool:
@@ -142,7 +143,8 @@ def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> g
         return rule.leaf is not False
 
     with running(model):
-        return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=is_trusted(model))
+        known = origin.model is None and is_trusted(model)
+        return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=known)
 
 
 def parse_args(text: str | None) -> dict[str, Any]:

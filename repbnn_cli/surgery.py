@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,21 +16,23 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, RBNNConv2d
 from repbnn_cli.channels import operator_name
+from repbnn_cli.cpu_only import cpu_only
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import holds_tensor, positions
 from repbnn_cli.probe import ConvCalls
-from repbnn_cli.recognize import Layer, recognize, type_names
+from repbnn_cli.recognize import Layer, hints, recognize, type_names
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, make_rep
 from repbnn_cli.rewrite import Rewriter, subject_of
 from repbnn_cli.rules import RuleSet, Subject
+from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
 
 _REP_BATCH_NORM = {nn.BatchNorm1d: RepBatchNorm1d, nn.BatchNorm2d: RepBatchNorm2d}
-_FRESH_SEED = 0
 
 
+@cpu_only()
 def plan(network: Network, rules: RuleSet) -> Plan:
     """What `rules` make of `network`, as values; changes nothing.
 
@@ -52,7 +55,7 @@ def plan(network: Network, rules: RuleSet) -> Plan:
             "the rules change nothing: no first layer was found whose output is repeated; "
             f"check the rule with `apply: repeat_output` in {rules.source}"
         )
-    return Plan(network, layers, rules, walk.graph, edits, walk.added, walk.steps, walk.notes)
+    return Plan(network, layers, rules, walk.graph, edits, walk.added, walk.steps, [*walk.notes, *hints(layers)])
 
 
 def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
@@ -62,15 +65,17 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     for path, layer in layers.items():
         names = type_names(fetch(network.module, path))
         found.append(Subject(path, names, layer.role, position.get(path, "")))
-    parameters = dict(network.module.named_parameters())
+    held = {n for n, _ in (*network.module.named_parameters(), *network.module.named_buffers())}
+    static = static_nodes(network.graph)
     for node in network.graph.nodes:
-        if node.op in ("call_function", "call_method") and holds_tensor(node.meta["value"]):
+        if node.op in ("call_function", "call_method") and node not in static and holds_tensor(node.meta["value"]):
             found.append(Subject(subject_of(node), (operator_name(node),), "weightless", ""))
-        elif node.op == "get_attr" and node.target in parameters:
+        elif node.op == "get_attr" and node.target in held:
             found.append(Subject(subject_of(node), ("Parameter",), "per_channel", ""))
     return found
 
 
+@cpu_only()
 def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
@@ -78,7 +83,7 @@ def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModu
     become the same tensor. state: take all tensors from this state dict of a Rep network instead of inheriting them.
     """
     source = plan.network.module
-    edited = {id(fetch(source, _tensor_path(e, name))) for e in plan.edits for name, _ in e.tensors}
+    edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
     memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
     tree = nn.Module()
@@ -87,6 +92,7 @@ def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModu
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
         _carry_out(tree, edit, plan, made, state)
+    _part_from_source(tree, edited)
     for path, module in plan.added.items():
         parent, _, name = path.rpartition(".")
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
@@ -100,6 +106,16 @@ def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModu
     return result
 
 
+def _part_from_source(tree: nn.Module, edited: set[int]) -> None:
+    """Copies tensors that were replaced in one module and are tied to another one that keeps them."""
+    copies: dict[int, Tensor] = {}
+    for module in tree.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) in edited:
+                    held[name] = copies.setdefault(id(tensor), copy.deepcopy(tensor))  # type: ignore[assignment]
+
+
 def _carry_out(
     tree: nn.Module,
     edit: ModuleEdit,
@@ -107,6 +123,8 @@ def _carry_out(
     made: dict[tuple[int, Any], Tensor],
     state: Mapping[str, Tensor] | None,
 ) -> None:
+    if edit.action == "per_replica":
+        return
     if edit.action == "parameter":
         _set_tensors(fetch_parent(tree, edit), edit, made, state)
         return
@@ -134,10 +152,6 @@ def _carry_out(
         module.beta, module.repeats = plan.beta, edit.repeats
 
 
-def _tensor_path(edit: ModuleEdit, name: str) -> str:
-    return edit.path if edit.action == "parameter" else f"{edit.path}.{name}"
-
-
 def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
     """The module that owns an edited parameter."""
     parent, _, _ = edit.path.rpartition(".")
@@ -154,7 +168,10 @@ def _set_tensors(
         old: Tensor = getattr(owner, leaf)
         key = (id(old), recipe)
         if key not in made:
-            stored = state.get(_tensor_path(edit, name)) if state is not None else None
+            stored = state.get(edit.tensor_path(name)) if state is not None else None
+            expected = recipe.result_shape(old.shape)
+            if stored is not None and tuple(stored.shape) != expected:
+                raise RuntimeError(f"{edit.tensor_path(name)} is {tuple(stored.shape)}, expected {expected}")
             with torch.no_grad():
                 value = recipe(old.detach()).contiguous() if stored is None else stored
             made[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
@@ -176,6 +193,9 @@ def _set_known_numbers(module: nn.Module, edit: ModuleEdit) -> None:
         module.num_features = out
     elif isinstance(module, nn.PReLU):
         module.num_parameters = out
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups *= out // module.num_channels
+        module.num_channels = out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     into, out = edit.channels
     new_shape = (out, into // max(1, getattr(module, "groups", 1)), *layer.kernel_shape[2:])
     fan_in = torch.Size(new_shape[1:]).numel()
-    values = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}
+    values: dict[str, Any] = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}
     for name, meaning in layer.attributes.items():
         if not hasattr(module, name):
             raise SurgeryError(f"{edit.path}: has no attribute {name!r}, which a rule file declares; remove it there")
@@ -209,10 +229,16 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
             setattr(owner, name, value)
         if run() is None:
             return
+    resized = {name for name, _ in edit.tensors}
+    held = [(n, tuple(t.shape)) for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1]
+    kept = ", ".join(f"{n} {shape}" for n, shape in held if n not in resized)
     raise SurgeryError(
-        f"{edit.path}: {type(module).__name__} does not run with its resized tensors ({failure}); declare the numbers it "
-        "keeps (rule file: `modules: [{match: {path: ...}, attributes: {name: in_channels}}]`)"
-    )
+        f"{edit.path}: {type(module).__name__} does not run with its resized tensors ({failure}); "
+        + (f"no channel number gives the sizes of {kept}: leave --model out if `repbnn inspect` knows the network, or "
+           if kept else "")
+        + "declare the numbers that it keeps (rule file: `modules: [{match: {path: ...}, attributes: {name: "
+        "in_channels}}]`)"
+    )  # fmt: skip
 
 
 def _trial(module: nn.Module, edit: ModuleEdit, network: Network) -> Callable[[], str | None]:
@@ -266,13 +292,17 @@ def _number_choices(
 
 
 def _reset(module: nn.Module, layer: Layer) -> None:
-    """`--inherit none`: a fresh start, the same one every time; scales and shifts of norms back to 1 and 0."""
+    """`--inherit none`: a fresh start, the same one every time; scales and shifts of norms back to 1 and 0.
+
+    What has no `reset_parameters` keeps its values, but for the kernel.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(_FRESH_SEED)
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif layer.kernel:
+        torch.manual_seed(zlib.crc32(layer.path.encode()))  # layers of one size must not start alike
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        if layer.kernel and not callable(getattr(module, "reset_parameters", None)):
             kernel: Tensor = fetch(module, layer.kernel)
             fan_in = kernel.numel() // max(1, getattr(module, "out_channels", 0) or kernel.shape[0])
             bound = fan_in**-0.5  # torch's own default for convolutions

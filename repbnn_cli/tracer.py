@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import operator
-import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +21,22 @@ from torch.fx import _symbolic_trace
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
-from repbnn_cli.probe import ConvCalls, facts
+from repbnn_cli.layers import LearnableBias
+from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts
+from repbnn_cli.proxies import INPLACE, Method, ValueProxy, is_ours, set_data, user_line
 from repbnn_cli.rep_layers import RepConv2d
 
 LeafPolicy = Callable[[str, nn.Module], bool]
 
-_PACKAGE = str(Path(__file__).parent / "tracer.py"), str(Path(__file__).parent / "graph.py")
-_TORCH_FILES = str(Path(torch.__file__).parent)
 _CONSTRUCTORS = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "tensor", "eye", "as_tensor")
-_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "iand", "ior", "ixor", "ipow", "imod")
+
+# Layers that give the shape they take → how many channels they want; 1 fits all.
+_CHANNELS_KEPT: dict[type, Callable[[Any], int]] = {
+    nn.BatchNorm1d: lambda m: int(m.num_features),
+    nn.BatchNorm2d: lambda m: int(m.num_features),
+    nn.PReLU: lambda m: int(m.num_parameters),
+    LearnableBias: lambda m: int(m.bias.shape[1]),
+}
 
 # The tracer that is recording now, if any. Function.apply and the tensor constructors ask for it.
 _recording: list[Tracer] = []
@@ -51,13 +55,32 @@ class FunctionCall:
         self.__module__ = function.__module__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _recording and _has_proxy((args, kwargs)):  # a captured network is captured again
+            return _recording[-1].create_proxy("call_function", self, args, kwargs)
         return self._apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
         return self
 
 
-_original_apply = torch.autograd.Function.__dict__["apply"].__func__
+# The function behind every bound `SomeFunction.apply`, and a copy of it. While a network is captured, the function
+# itself is lent code that asks for the tracer: that reaches what was bound long before (`self.sign = Sign.apply`).
+_apply: types.FunctionType = torch.autograd.Function.__dict__["apply"].__func__
+_apply_code = _apply.__code__
+_original_apply = types.FunctionType(_apply_code, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
+
+
+def _recording_code() -> types.CodeType:
+    __class__ = None  # code can only be lent to a function that closes over the same names
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if __class__ is None:
+            raise TypeError("the code of Function.apply runs outside of it")
+        from repbnn_cli.tracer import _recorded_apply
+
+        return _recorded_apply(cls, *args, **kwargs)
+
+    return apply.__code__
 
 
 def _recorded_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
@@ -70,17 +93,17 @@ def _recorded_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: An
 @contextlib.contextmanager
 def interceptable() -> Iterator[None]:
     """Makes calls visible to the tracer that fx cannot see; active while a user's model is imported and built."""
-    if torch.autograd.Function.__dict__["apply"].__func__ is _recorded_apply:
+    if _apply.__code__ is not _apply_code:
         yield
         return
     originals = {name: getattr(torch, name) for name in _CONSTRUCTORS}
-    torch.autograd.Function.apply = classmethod(_recorded_apply)  # type: ignore[assignment, arg-type]
+    _apply.__code__ = _recording_code()
     for name, original in originals.items():
         setattr(torch, name, _recorded_constructor(original))
     try:
         yield
     finally:
-        torch.autograd.Function.apply = classmethod(_original_apply)  # type: ignore[assignment, arg-type]
+        _apply.__code__ = _apply_code
         for name, original in originals.items():
             setattr(torch, name, original)
 
@@ -102,134 +125,6 @@ def _has_proxy(value: Any) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def set_data(tensor: Tensor, value: Tensor) -> Tensor:
-    """`tensor.data = value` as a function, so that a graph can hold it."""
-    tensor.data = value
-    return tensor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Proxies with values
-
-
-class _ValueProxy(fx.Proxy):
-    """A proxy that knows what the example input makes of it."""
-
-    @property
-    def _value(self) -> Any:
-        return self.tracer.values[self.node]  # type: ignore[attr-defined]
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor if isinstance(self._value, Tensor) else type(self)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = getattr(self._value, name)
-        if callable(value):
-            return _Method(self, name)
-        if name in (
-            "requires_grad",
-            "is_cuda",
-            "grad_fn",
-            "is_leaf",
-            "is_sparse",
-            "is_quantized",
-            "names",
-            "layout",
-        ):
-            return value
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            self.tracer.create_proxy("call_function", set_data, (self, value), {})
-        else:
-            object.__setattr__(self, name, value)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __bool__(self) -> bool:
-        return bool(self._freeze("a branch"))
-
-    def __int__(self) -> int:
-        return int(self._freeze("an int()"))
-
-    def __index__(self) -> int:
-        return operator.index(self._freeze("an index or range"))
-
-    def __float__(self) -> float:
-        return float(self._freeze("a float()"))
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __len__(self) -> int:
-        return len(self._value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self._value))])  # type: ignore[index]
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self._value
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
-
-    def __floor__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
-
-    def __ceil__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
-
-    def __trunc__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
-
-    def _freeze(self, what: str) -> Any:
-        value = self._value
-        if self.node.op == "get_attr" and self.node.target == "training":
-            self.tracer.mode_branches.append(_user_line())  # type: ignore[attr-defined]
-        if isinstance(value, Tensor):
-            self.tracer.note(f"{what} on a tensor's value is frozen to what the example input did")  # type: ignore[attr-defined]
-            if value.is_meta:
-                where = self.node.meta["where"]
-                raise CaptureError(
-                    f"{where}: {what} depends on a tensor's value, which the shape-only capture does not have; "
-                    "capture the network with its weights"
-                )
-        return value
-
-
-class _Method(_ValueProxy):
-    """`x.name` before it is called."""
-
-    def __init__(self, owner: _ValueProxy, name: str) -> None:
-        object.__setattr__(self, "tracer", owner.tracer)
-        object.__setattr__(self, "_owner", owner)
-        object.__setattr__(self, "_name", name)
-
-    @property
-    def _value(self) -> Any:
-        return getattr(object.__getattribute__(self, "_owner")._value, object.__getattribute__(self, "_name"))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, name = object.__getattribute__(self, "_owner"), object.__getattribute__(self, "_name")
-        return self.tracer.create_proxy("call_method", name, (owner, *args), kwargs)
-
-
-def _inplace_method(operation: Callable[..., Any]) -> Callable[[_ValueProxy, Any], Any]:
-    def method(self: _ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return method
-
-
-for _name in _INPLACE:
-    setattr(_ValueProxy, f"__{_name}__", _inplace_method(getattr(operator, _name)))
-
-
 class Tracer(fx.Tracer):
     def __init__(self, examples: tuple[Tensor, ...], leaf: LeafPolicy, *, shapes_only: bool) -> None:
         super().__init__()
@@ -239,6 +134,7 @@ class Tracer(fx.Tracer):
         self.leaf_paths: set[str] = set()
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
+        self.convolution_calls = False
         self._evaluating = False
         self._training: dict[nn.Module, bool] = {}
 
@@ -269,19 +165,19 @@ class Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        node.meta["where"], node.meta["path"] = _user_line(), self._module_path()
+        node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
         node.meta["value"] = on_meta(value)
         self.values[node] = _hollow(value) if self.shapes_only else value
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ValueProxy(node, self)
+        return ValueProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _ValueProxy:
+        if type(a) is ValueProxy:
             return a.node
-        if type(a) is _Method:
+        if type(a) is Method:
             return self.create_proxy("call_function", getattr, (a._owner, a._name), {}).node
         if isinstance(a, np.generic):
             return a.item()
@@ -326,17 +222,26 @@ class Tracer(fx.Tracer):
         if node.op == "output":
             return args[0]
         if node.op == "call_function":
+            if node.target in CALLED_CONVOLUTIONS:
+                return self._run_convolution(node, args, kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
         return self._run_leaf(node, args, kwargs)
+
+    def _run_convolution(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        self.convolution_calls = True
+        with ConvCalls() as seen:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["convs"] = [facts(c) for c in seen.calls]
+        return result
 
     def _run_leaf(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self.root.get_submodule(str(node.target))
         for m in module.modules():  # a leaf reads its own flag while it runs
             m.__dict__["training"] = self._training[m]
         try:
-            if self.shapes_only and (result := conv_shape(module, args)) is not None:
+            if self.shapes_only and (result := known_shape(module, args)) is not None:
                 return result
             with ConvCalls() as seen:
                 # the call without any tracer in between
@@ -377,18 +282,18 @@ class Tracer(fx.Tracer):
 
     def refuse_assignments(self, model: nn.Module) -> None:
         """`self.buffer = f(x)` in a traced forward would be lost: the graph has no place for it."""
-        kept = {operator.setitem, set_data, *(getattr(operator, n) for n in _INPLACE)}
+        kept = {operator.setitem, set_data, *(getattr(operator, n) for n in INPLACE)}
         for path, module in model.named_modules():
             for name, value in (*module._buffers.items(), *module._parameters.items()):
                 if isinstance(value, fx.Proxy) and value.node.target not in kept:
                     raise CaptureError(
-                        f"{value.node.meta['where']}: assigns `{name}` of {path or 'the network'} in its forward; write it "
-                        f"in place (self.{name}.copy_(...)) or keep the module whole (rule file: `leaf: true`)"
+                        f"{value.node.meta['where']}: assigns `{name}` of {path or 'the network'} in its forward; "
+                        f"write it in place (self.{name}.copy_(...)) or keep the module whole (rule file: `leaf: true`)"
                     )
 
     # -- reporting ---------------------------------------------------------------------------------------------------
     def note(self, text: str) -> None:
-        line = f"{_user_line()}: {text}"
+        line = f"{user_line()}: {text}"
         if line not in self.notes:
             self.notes.append(line)
 
@@ -400,20 +305,29 @@ class Tracer(fx.Tracer):
 # Small helpers
 
 
-def conv_shape(module: nn.Module, args: Any) -> Tensor | None:
-    """Zeros of the shape that a convolution of torch's or of ours gives: nearly all of a forward's time, saved."""
-    known = isinstance(module, BinaryConv2d) or type(module) in (nn.Conv2d, RepConv2d)
-    if not known or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+def known_shape(module: nn.Module, args: Any) -> Tensor | None:
+    """Zeros, without memory behind them, of the shape that a layer of torch's or of ours gives; None for other layers.
+
+    Convolutions are nearly all of a forward's time, and layers that keep the shape most of the rest.
+    """
+    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim < 2:
+        return None
+    x: Tensor = args[0]
+    channels = _CHANNELS_KEPT.get(type(module))
+    if channels is not None:
+        kept = channels(module) in (1, x.shape[1])
+        return x.new_zeros(()).expand(x.shape) if kept else None  # let it run, or fail, as it would
+    if x.ndim != 4 or not (isinstance(module, BinaryConv2d) or type(module) in (nn.Conv2d, RepConv2d)):
         return None
     conv: Any = module
-    if isinstance(conv.padding, str) or args[0].shape[1] != conv.in_channels:
-        return None  # let it run, or fail, as it would
+    if isinstance(conv.padding, str) or x.shape[1] != conv.in_channels:
+        return None
     dilation = getattr(conv, "dilation", (1, 1))
     spatial = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(args[0].shape[2:], conv.padding, dilation, conv.kernel_size, conv.stride, strict=True)
+        for n, p, d, k, s in zip(x.shape[2:], conv.padding, dilation, conv.kernel_size, conv.stride, strict=True)
     ]
-    return args[0].new_zeros(len(args[0]), conv.out_channels * getattr(conv, "repeats", 1), *spatial)
+    return x.new_zeros(()).expand(len(x), conv.out_channels * getattr(conv, "repeats", 1), *spatial)
 
 
 def _hollow(value: Any) -> Any:
@@ -447,21 +361,9 @@ def on_meta(value: Any) -> Any:
     return value
 
 
-def _is_ours(filename: str) -> bool:
-    return filename.startswith((_TORCH_FILES, "<")) or filename in _PACKAGE
-
-
-def _user_line() -> str:
-    """ "file.py:12" of the innermost frame that belongs neither to torch nor to this module."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
 def explain(error: Exception, tracer: Tracer) -> str:
     """One line: where in the user's code, what failed, what to write instead."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_ours(f.filename)]
     last = frames[-1] if frames else None
     place = f"{last.filename}:{last.lineno}: `{last.line}`" if last else "while capturing"
     module = tracer._module_path()

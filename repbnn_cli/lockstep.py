@@ -1,0 +1,384 @@
+"""Runs the source network, with merged kernels, and the Rep network side by side, and compares them node by node.
+
+The merged-kernel identity (right after a transform, every replica carries the same values): the Rep network computes
+what the source network computes when each RepConv is replaced by one with the real-valued kernel
+
+    M[c] = Σ over input replicas of K[c mod O/β, inputs of that replica]         shape (O, I, k...)
+
+on the same binarised input, K being the kernel that the Rep module itself applies. A last layer of full precision that
+still takes every source channel is not replaced: it has to give what it gave. After each comparison the Rep network
+goes on from the reference's value, so that rounding cannot flip a sign further down and a deviation names the node that
+made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.channels import Compact, Folded, State, Tiled
+from repbnn_cli.inherit import Columns, Kernel, Mean, Tile, runs
+from repbnn_cli.plan import ModuleEdit, Plan
+from repbnn_cli.positions import holds_tensor
+from repbnn_cli.probe import ConvCalls
+from repbnn_cli.tracer import fetch
+
+# Of the largest value of a tensor: what a different order of summation may cost.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_CONVOLVING = ("rep_conv", "select_inputs")
+
+
+class StuckError(Exception):
+    """The Rep network does not run; `place` is the module or node that fails."""
+
+    def __init__(self, place: str, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        self.place = place
+
+
+class Lockstep:
+    """Source network with merged kernels, and Rep network, node by node."""
+
+    def __init__(self, plan: Plan, rep: fx.GraphModule) -> None:
+        self.plan, self.rep = plan, rep
+        self.source_graph = plan.network.graph
+        self.edits = {e.path: e for e in plan.edits}
+        self._merging = {e.path for e in plan.edits if e.action in _CONVOLVING and not self._has_to_stay(e)}
+        self.worst, self.worst_node = 0.0, ""
+        self.failed: list[str] = []
+        self.compared = 0
+        self.unseen: list[str] = []
+        self.positions: dict[str, tuple[int, int]] = {}
+        self.weights: dict[str, int] = {}
+        self._kernels: dict[str, list[Tensor]] = {}
+        self._references: dict[str, nn.Module] = {}
+        self._source: dict[fx.Node, Any] = {}
+        self._rep: dict[fx.Node, Any] = {}
+        self._mapped: dict[str, list[fx.Node]] = {}
+        self._nodes = iter(list(rep.graph.nodes))
+        self._unused_rep, self._unused_source = _last_uses(rep.graph), _last_uses(self.source_graph)
+        self._latest: tuple[str, Any, Any] = "", (), None
+        self.delta = float("inf")
+        self._samples = 1
+        # Where a forward calls convolutions as functions, its own code cannot be given the merged kernels.
+        self.partial = any(e.layout is not None for e in plan.edits)
+        self._biases: dict[str, Tensor] = {}
+
+    def run(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Any, Any]:
+        """Both outputs, the source graph's and the Rep network's.
+
+        The source's own code runs at the same time, with the same merged kernels: whenever it reaches a changed
+        convolution, both graphs are run up to there. So no kernel has to be kept, or computed twice.
+        """
+        for node in self.source_graph.nodes:
+            if node.name in self.plan.steps:
+                self._mapped.setdefault(self.plan.steps[node.name].node, []).append(node)
+        for placeholder, value in zip(_placeholders(self.rep.graph), inputs, strict=True):
+            source = next(n for n in self._mapped[placeholder.name] if n.op == "placeholder")
+            self._source[source], self._rep[placeholder] = value.clone(), value.clone()
+        self._samples = len(inputs[0])
+        eager: Any = None
+        with contextlib.ExitStack() as stack:
+            for edit in self.edits.values():
+                if edit.action == "parameter":
+                    continue
+                self._references[edit.path] = self._reference(edit)
+                if not self.partial:
+                    stack.enter_context(self._standing_in(edit, fetch(model, edit.path)))
+            if not self.partial:
+                eager = model(*inputs)
+        self._advance(None)
+        source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
+        outputs = (
+            fx.map_arg(source_out.args[0], self._source_value),
+            fx.map_arg(rep_out.args[0], lambda n: self._rep[n]),
+        )
+        if not self.partial:
+            self.delta = difference(eager, outputs[0])
+        return outputs
+
+    def _advance(self, path: str | None) -> None:
+        """Runs both graphs until a call of the module at `path` has been compared; None: to their ends."""
+        for node in self._nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            self._rep[node] = self._run_rep(node)
+            for source in self._mapped.get(node.name, ()):
+                self._compare(source, node)
+                for used in self._unused_source.get(source, ()):
+                    self._source.pop(used, None)
+            for used in self._unused_rep.get(node, ()):
+                self._rep.pop(used, None)
+            if path is not None and node.op == "call_module" and node.target == path:
+                return
+
+    # -- Rep side ----------------------------------------------------------------------------------------------------
+    def _run_rep(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._rep[n])
+        path = str(node.target) if node.op == "call_module" else ""
+        with ConvCalls() as seen:
+            try:
+                value = _execute(self.rep, node, args, kwargs)
+            except Exception as error:
+                raise StuckError(path or node.name, error) from error
+        if path in self._merging and len(args) > 2 and self.plan.layers[path].called:
+            self._biases[path] = cast(Tensor, args[2])
+        if path in self._merging:
+            self._kernels.clear()  # one layer's at a time: they are as large as the network
+            self.weights[path] = sum(c.kernel.numel() for c in seen.calls[:1])
+            self._kernels[path] = [self._summed(self.edits[path], c.kernel) for c in seen.calls]
+        return value
+
+    # -- source side -------------------------------------------------------------------------------------------------
+    def _source_value(self, node: fx.Node) -> Any:
+        """Sizes and other numbers are computed where they are first asked for."""
+        if node not in self._source:
+            self._source[node] = self._run_source(node)
+        return self._source[node]
+
+    def _run_source(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._source_value)
+        edit = self.edits.get(str(node.target)) if node.op == "call_module" else None
+        if edit is None:
+            return _execute(self.plan.network.module, node, args, kwargs)
+        if edit.path in self._merging and not self._kernels[edit.path]:
+            return None
+        module = self._references[edit.path]
+        layout = edit.layout
+        if edit.path in self._biases and isinstance(layout, Kernel):
+            shared = _per_source_channel(self._biases[edit.path], Mean(0, layout.members), layout.shape[0])
+            args = (*args[:2], shared)
+        with self._merged_kernels(edit, module):
+            value = type(module).forward(module, *args, **kwargs)
+        if edit.path in self._merging:
+            self._latest = edit.path, args, value
+        return value
+
+    @contextlib.contextmanager
+    def _standing_in(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
+        """While this lasts, the source's module computes what the reference does in its place."""
+        reference = self._references[edit.path]
+        if reference is module and edit.path not in self._merging:
+            yield
+            return
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if edit.path in self._merging:
+                self._advance(edit.path)
+                path, seen, value = self._latest
+                if path == edit.path and not kwargs and _equal(args, seen):
+                    return value.clone()  # the same layer on the same numbers
+            with self._merged_kernels(edit, reference):
+                return type(reference).forward(reference, *args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+
+    @contextlib.contextmanager
+    def _merged_kernels(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
+        """While this lasts, the source's convolution applies M instead of its own kernel."""
+        if not self._kernels.get(edit.path):
+            yield
+        else:
+            summed, out = self._kernels[edit.path], self.plan.layers[edit.path].out_channels
+            own = isinstance(module, BinaryConv2d)
+            if own:  # without computing the kernel that would be thrown away
+                module.__dict__["binary_weight"] = lambda: summed[0]
+            try:
+                with ConvCalls(lambda i, _: summed[0 if own else i], out):
+                    yield
+            finally:
+                module.__dict__.pop("binary_weight", None)
+
+    def _has_to_stay(self, edit: ModuleEdit) -> bool:
+        """A last layer that takes every source channel (ways 1 and 2) and was inherited must act as it did. A binary
+        one has no scale of its own to divide by β, and is merged like the convolutions."""
+        recipe = edit.layout or edit.tensors[0][1]
+        if not isinstance(recipe, Columns) or edit.reset or self.plan.layers[edit.path].binary:
+            return False
+        taken = [column for group in recipe.groups for column in group]
+        return len(taken) == len(recipe.groups) and len(set(taken)) == self.plan.layers[edit.path].in_channels
+
+    def _reference(self, edit: ModuleEdit) -> nn.Module:
+        """The source module, with tensors that several channels now share, or that start afresh, as the Rep network
+        has them: one value per source channel."""
+        module: nn.Module = fetch(self.plan.network.module, edit.path)
+        own: nn.Module = fetch(self.rep, edit.path)
+        if edit.reset and edit.action == "repeat_output":
+            return own
+        recipes = dict(edit.tensors)
+        changed: dict[str, Tensor] = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            recipe = recipes.get(name)
+            if isinstance(recipe, Mean) or (edit.reset and isinstance(recipe, Tile)):
+                changed[name] = _per_source_channel(fetch(own, name).detach(), recipe, tensor.shape[recipe.axis])
+            elif edit.reset and recipe is None and fetch(own, name).shape == tensor.shape:
+                changed[name] = fetch(own, name).detach()
+        if not changed:
+            return module
+        memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        reference: nn.Module = copy.deepcopy(module, memo)
+        for name, value in changed.items():
+            owner_path, _, leaf = name.rpartition(".")
+            owner = fetch(reference, owner_path) if owner_path else reference
+            kind = owner._parameters if leaf in owner._parameters else owner._buffers
+            kind[leaf] = nn.Parameter(value, False) if kind is owner._parameters else value  # type: ignore[assignment]
+        return reference
+
+    def _summed(self, edit: ModuleEdit, kernel: Tensor) -> Tensor:
+        """Σ over input replicas of a Rep kernel: (O/β, I/groups, k...), for a last layer (O, I, k...).
+
+        M's filter c is filter c mod O/β of it; instead of repeating filters, `ConvCalls` repeats the output.
+        """
+        recipe: Any = edit.layout or edit.tensors[0][1]
+        width = torch.Size(self.plan.layers[edit.path].kernel_shape)[1]
+        column = tuple(g[0] for g in recipe.groups) if isinstance(recipe, Columns) else recipe.column
+        summed = torch.zeros((len(kernel), width, *kernel.shape[2:]), dtype=kernel.dtype, device=kernel.device)
+        for start, stop in runs(column):
+            summed[:, column[start] : column[start] + stop - start] += kernel[:, start:stop]
+        return summed
+
+    # -- comparison --------------------------------------------------------------------------------------------------
+    def _compare(self, source: fx.Node, rep: fx.Node) -> None:
+        state = self.plan.steps[source.name].state
+        actual = self._rep[rep]
+        reference = self._source_value(source)
+        if source.op == "call_module" and isinstance(reference, Tensor) and isinstance(actual, Tensor):
+            self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
+        if source.op == "get_attr" or self.plan.steps[source.name].static or not holds_tensor(actual):
+            return
+        if reference is None:  # a convolution whose kernel could not be observed: go on from the Rep network's value
+            self.unseen.append(str(source.target))
+            self._source[source] = self._collapsed(actual, state, source.meta["value"].shape[1])
+            return
+        pairs = list(zip(tensors_of(actual), tensors_of(reference), strict=True))
+        expected = [self._expand(r, state, a) for a, r in pairs]
+        if not self.plan.steps[source.name].by_position:
+            for (tensor, _), wanted in zip(pairs, expected, strict=True):
+                self._record(source, tensor, wanted)
+            self.compared += 1
+        self._rep[rep] = expected[0] if isinstance(actual, Tensor) else type(actual)(expected)
+
+    def _record(self, node: fx.Node, actual: Tensor, wanted: Tensor) -> None:
+        if actual.shape != wanted.shape:
+            relative = float("inf")
+        elif not wanted.is_floating_point() or not wanted.numel():
+            relative = 0.0 if torch.equal(actual, wanted) else float("inf")
+        else:
+            scale = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
+            relative = float((actual - wanted).abs().max() / scale)
+        place = str(node.target) if node.op == "call_module" else f"{node.meta.get('path', '')}:{node.name}"
+        if not relative <= TOLERANCE.get(wanted.dtype, 2e-4):  # also true for nan
+            self.failed.append(place)
+        if not relative <= self.worst:
+            self.worst, self.worst_node = relative, place
+
+    def _expand(self, tensor: Tensor, state: State, actual: Tensor) -> Tensor:
+        """What the Rep network has to hold where the source holds `tensor`; always a tensor of its own."""
+        if isinstance(state, Compact):
+            return tensor[:, : state.channels].clone()
+        if isinstance(state, Tiled):
+            return tensor.index_select(1, torch.tensor(state.index, device=tensor.device))
+        if isinstance(state, Folded):
+            return self._folded(tensor, actual)
+        return tensor.clone()
+
+    def _folded(self, tensor: Tensor, actual: Tensor) -> Tensor:
+        """Each sample's values β times, whatever else is in axis 0 by now (positions: N·H·W). Where axis 0 holds no
+        samples, `actual` itself: it is compared further on, once it is unfolded."""
+        samples = self._samples
+        if tensor.ndim and not tensor.shape[0] % samples:
+            wanted: Tensor = tensor.unflatten(0, (samples, -1)).repeat_interleave(self.plan.beta, 0).flatten(0, 1)
+            if wanted.shape == actual.shape:
+                return wanted
+        return actual
+
+    @staticmethod
+    def _collapsed(actual: Tensor, state: State, channels: int) -> Tensor:
+        if isinstance(state, Compact):
+            return torch.cat([actual] * (channels // state.channels), 1)
+        if isinstance(state, Tiled):
+            return actual[:, [state.index.index(c) for c in range(channels)]]
+        return actual.clone()
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two argument lists hold equal tensors and numbers."""
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor:
+    """A Rep network's tensor as the source would hold it: `size` entries along the recipe's axis."""
+    axis = recipe.axis
+    if isinstance(recipe, Tile):
+        first = [recipe.index.index(c) for c in range(size)]
+        return value.index_select(axis, torch.tensor(first, device=value.device))
+    blocks = value.unflatten(axis, (recipe.members.groups, -1))
+    return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
+
+
+def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "get_attr":
+        return fetch(root, str(node.target))
+    if node.op == "call_module":
+        return fetch(root, str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node → the nodes whose values are needed no more after it.
+
+    Sizes of the source are computed when they are asked for, so what they are read from has to live until then.
+    """
+    needs: dict[fx.Node, list[fx.Node]] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        needs[node] = list(node.all_input_nodes)
+        for used in node.all_input_nodes:
+            if "value" in used.meta and not holds_tensor(used.meta["value"]):
+                needs[node] += needs[used]
+        for used in needs[node]:
+            last[used] = node
+    done: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last.items():
+        if node.op != "output":
+            done.setdefault(node, []).append(used)
+    return done
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, n) for n in value.__dataclass_fields__]
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []
+
+
+def difference(a: Any, b: Any) -> float:
+    """max |a − b| over all tensors; infinite when shapes or counts differ."""
+    left, right = tensors_of(a), tensors_of(b)
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    return max((float((x - y).abs().max()) for x, y in zip(left, right, strict=True) if x.numel()), default=0.0)

@@ -1,0 +1,253 @@
+"""What becomes of each module on the walk: convolutions, BatchNorm, per-channel layers, the last layer (RepTran)."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from repbnn_cli import rep_layers
+from repbnn_cli.channels import Compact, grouped, kind_of_module, plain
+from repbnn_cli.errors import UsageError
+from repbnn_cli.inherit import Columns, Kernel, Mean, Members, Recipe, Tile
+from repbnn_cli.operands import CannotTellError, operand_recipes
+from repbnn_cli.recognize import CONVOLUTIONS, Layer
+from repbnn_cli.rewrite_operators import OperatorWalk
+from repbnn_cli.rules import Rule
+from repbnn_cli.tracer import fetch
+from repbnn_cli.walk import shape_text
+
+_SHAREABLE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class ModuleWalk(OperatorWalk):
+    """Handlers of `call_module` nodes, one for each role and action."""
+
+    def _module(self, node: fx.Node) -> None:
+        path = str(node.target)
+        layer, rule = self.layers[path], self.rules.get(path)
+        expanded = self._expanded(node)
+        if not expanded:
+            self._unexpanded_module(node, layer, rule)
+        elif rule is None:
+            what = f"{layer.role} ({layer.evidence})" if layer.role == "unknown" else f"this {layer.role}"
+            self._refuse(node, f"no rule says what becomes of {what}, whose input is expanded", "add a rule for it")
+        elif rule.apply == "keep":
+            self._refuse(node, f"{rule.where} keeps it as it is, but its input is expanded", "use another action")
+        elif layer.role in CONVOLUTIONS:
+            operands = [n for n in self._tensors(node) if n not in self._static]
+            given = len(self._tensors(node)) if not layer.called else 1
+            if len(operands) != 1 or given != 1 or node.args[:1] != (expanded[0],):
+                self._refuse(node, "a convolution with several tensor arguments", "split it into two modules")
+            if rule.apply == "select_inputs":
+                self._select_inputs(node, layer, rule)
+            elif rule.apply == "tile":
+                self._depthwise(node, layer, rule)
+            else:
+                self._rep_conv(node, layer, rule)
+        elif layer.role == "batch_norm":
+            self._batch_norm(node, layer, rule)
+        elif layer.role == "per_channel":
+            self._per_channel(node, layer, rule)
+        else:
+            module = fetch(self.network.module, path)
+            self._weightless(node, kind_of_module(module), module, rule)
+
+    def _unexpanded_module(self, node: fx.Node, layer: Layer, rule: Rule | None) -> None:
+        new = self._copy_mapped(node, lambda n: self._made[n].node)
+        if rule is None or rule.apply != "repeat_output":
+            if rule is not None and rule.apply == "rep_conv":
+                self._refuse(
+                    node, f"{rule.where} makes it a RepConv, but its input is not expanded", "expand what feeds it"
+                )
+            self._keep(node, new, None)
+            return
+        out = layer.out_channels
+        # Behind a first layer all source channels are there; only the repeat is shared, β times.
+        self._keep(node, new, Compact(out, self.beta, out, rule.repeat or "before_batch_norm"))
+        self._edit(layer, rule, "repeat_output", f"({out})", f"({out * self.beta})", channels=None)
+
+    def _rep_conv(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        out, beta, groups = layer.out_channels, self.beta, layer.groups
+        if (out // groups) % beta:
+            per = out // groups
+            possible = ", ".join(str(b) for b in range(1, per + 1) if per % b == 0)
+            what = f"{out} output channels" if groups == 1 else f"{per} output channels of each of its {groups} groups"
+            raise UsageError(
+                f"{layer.path}: beta {beta} does not divide its {what}; possible here: {possible}; or a rule with "
+                "`apply: tile` for it, which applies it to each copy"
+            )
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        state = self._map(x)
+        want = grouped(state, groups) if groups > 1 else state
+        source = self._reordered(x, want)
+        members = Members(out, beta, "reshape" if self.inherit == "reshape" else "fold", groups)
+        width = len(want.index) // groups
+        kernel = Kernel(
+            layer.kernel_shape, members, want.index[:width], want.replica[:width], flat=self._is_flat(layer)
+        )
+        tensors: list[tuple[str, Recipe]] = [(n, kernel) for n in _kernels(layer)]
+        tensors += [(n, Mean(axis, members)) for n, axis in layer.out_tensors.items()]
+        tensors += [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
+        after = (out // beta, layer.kernel_shape[1] * beta, *layer.kernel_shape[2:])
+        channels = (len(want.index), out // beta)
+        self._convolution(node, layer, rule, "rep_conv", after, tensors, channels, kernel, members, want.index)
+        new = self._copy_mapped(node, lambda n: source if n is x else self._made[n].node)
+        compact = Compact(out // beta, beta * beta, out, rule.repeat or "before_batch_norm", members)
+        if groups == 1:
+            self._keep(node, new, compact)
+            return
+        repeat = self._add(f"{new.name}_repeat", rep_layers.Repeat(beta * beta, groups), new)
+        self._keep(node, repeat, grouped(plain(out, beta), groups))
+
+    def _convolution(
+        self, node: fx.Node, layer: Layer, rule: Rule, action: str, after: tuple[int, ...],
+        tensors: list[tuple[str, Recipe]], channels: tuple[int, int], way: Kernel | Columns | Tile,
+        members: Members | None, index: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        """The edit of a convolution; of the parameters behind its kernel where it is called as a function."""
+        before, text = shape_text(layer.kernel_shape), shape_text(after)
+        self._edit(layer, rule, action, before, text, tensors, channels=channels, layout=way if layer.called else None)
+        if not layer.called:
+            return
+        kernel, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        assert isinstance(kernel, fx.Node)
+        assert bias is None or isinstance(bias, fx.Node)
+        try:
+            recipes = operand_recipes(self.network.module, kernel, bias, layer, way, members, index)
+        except CannotTellError as error:
+            self._refuse(
+                node, f"cannot tell {error}", "keep the module that calls it whole (rule file: `modules: [{match: "
+                "{type: ITS_CLASS}, role: binary_conv, kernel: weight}]`)",
+            )  # fmt: skip
+        for path, recipe in recipes.items():
+            self._parameter_edit(path, rule, recipe)
+
+    def _is_flat(self, layer: Layer) -> bool:
+        if not layer.kernel:
+            return False
+        return tuple(fetch(self.network.module, f"{layer.path}.{layer.kernel}").shape) != layer.kernel_shape
+
+    def _depthwise(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        """A depthwise convolution acts per channel: every replica gets a copy of its filters; its cost grows ×β.
+
+        One that mixes channels is applied to each replica as it is, at β times its cost: for the layers of a gate that
+        are too narrow to be a RepConv.
+        """
+        if layer.role != "depthwise_conv" or layer.out_channels != layer.in_channels:
+            size = shape_text(layer.kernel_shape)
+            self._edit(layer, rule, "per_replica", size, size, channels=None)
+            self._fold(node)
+            return
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        state = self._map(x)
+        if self._is_flat(layer):
+            self._refuse(node, f"keeps its depthwise kernel flat, in {layer.kernel}", "store it as (channels, 1, k, k)")
+        axes = {**dict.fromkeys(_kernels(layer), 0), **layer.out_tensors, **layer.in_tensors}
+        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, state.index)) for n, axis in axes.items()]
+        width = len(state.index)
+        after = (width, *layer.kernel_shape[1:])
+        tile = Tile(0, state.index)
+        self._convolution(node, layer, rule, "depthwise", after, tensors, (width, width), tile, None, state.index)
+        source = self._as_tiled(x)
+        self._keep(node, self._copy_mapped(node, lambda n: source if n is x else self._made[n].node), state)
+
+    def _batch_norm(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        state = self._made[x].state
+        module = fetch(self.network.module, layer.path)
+        names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.ndim == 1]
+        before = f"({module.num_features})"
+        shares = isinstance(state, Compact) and type(module) in _SHAREABLE_BATCH_NORMS
+        if shares and isinstance(state, Compact) and state.batch_norm == "after_batch_norm":
+            if state.members is not None:
+                means: list[tuple[str, Recipe]] = [(n, Mean(0, state.members)) for n in names]
+                width = state.channels
+                self._edit(layer, rule, "batch_norm", before, f"({width})", means, channels=(width, width))
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), state)
+            self._as_tiled(node)
+            return
+        index = self._map(x)
+        tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index.index)) for n in names]
+        action = "rep_batch_norm" if shares else "batch_norm"
+        width = len(index.index)
+        repeats = state.repeats if shares and isinstance(state, Compact) else 1
+        self._edit(layer, rule, action, before, f"({width})", tensors, channels=(width, width), repeats=repeats)
+        form = (lambda n: self._made[n].node) if shares else self._as_tiled
+        self._keep(node, self._copy_mapped(node, form), index)
+
+    def _per_channel(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        module = fetch(self.network.module, layer.path)
+        if isinstance(module, nn.GroupNorm):
+            self._group_norm(node, layer, rule)
+            return
+        if isinstance(module, nn.LayerNorm):  # over the channels of one replica, wherever they stand
+            size = shape_text(tuple(module.normalized_shape))
+            self._edit(layer, rule, "per_replica", size, size, channels=None)
+            self._fold(node)
+            return
+        maps = [self._map(n) for n in self._expanded(node)]
+        if any(m != maps[0] for m in maps) or len(maps) != len(self._tensors(node)):
+            self._refuse(
+                node, "a per-channel module with inputs of different channel maps", "split it into two modules"
+            )
+        index = maps[0].index
+        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, index)) for n, axis in layer.in_tensors.items()]
+        before = f"({maps[0].source})"
+        self._edit(layer, rule, "per_channel", before, f"({len(index)})", tensors, channels=(len(index), len(index)))
+        self._keep(node, self._copy_mapped(node, self._as_tiled), maps[0])
+
+    def _group_norm(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        """Each replica keeps groups of its own, so the replicas have to lie one after the other."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        want = plain(self._map(x).source, self.beta)
+        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
+        width = len(want.index)
+        self._edit(layer, rule, "per_channel", f"({want.source})", f"({width})", tensors, channels=(width, width))
+        ordered = self._reordered(x, want)
+        self._keep(node, self._copy_mapped(node, lambda _: ordered), want)
+
+    def _select_inputs(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        """The last layer (ways 1 to 3): takes all, 1/β or 1/β² of the expanded inputs; its output is not expanded."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        state, share = self._map(x), rule.share or self.last_layer
+        if layer.groups > 1:
+            self._refuse(node, "a grouped last layer", "use a layer without groups")
+        first_copies = [j for j, r in enumerate(state.replica) if r == 0]
+        source = self._as_tiled(x)
+        if share == "all":
+            recipe = Columns(tuple((i,) for i in state.index), 1 / self.beta)
+            taken = list(range(len(state.index)))
+        elif share == "1_over_beta":
+            taken = first_copies
+            recipe = Columns(tuple((state.index[j],) for j in taken))
+        else:
+            kept = state.source // self.beta
+            if state.source % self.beta:
+                possible = [b for b in range(1, state.source + 1) if state.source % b == 0]
+                raise UsageError(
+                    f"{layer.path}: beta {self.beta} does not divide its {state.source} inputs (last_layer: {share}); "
+                    f"possible here: {', '.join(map(str, possible))}"
+                )
+            taken = [j for j in first_copies if state.index[j] < kept]
+            shared = range(self.beta if self.inherit == "fold" else 1)
+            recipe = Columns(tuple(tuple(state.index[j] + s * kept for s in shared) for j in taken))
+        if share != "all":
+            source = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(torch.tensor(taken)), source)
+        if self._is_flat(layer):
+            self._refuse(node, f"a last layer that keeps its kernel flat, in {layer.kernel}", "store it as (out, in)")
+        tensors: list[tuple[str, Recipe]] = [(n, recipe) for n in _kernels(layer)]
+        tensors += [(n, Tile(a, tuple(state.index[j] for j in taken))) for n, a in layer.in_tensors.items()]
+        after = (layer.out_channels, len(taken), *layer.kernel_shape[2:])
+        channels = (len(taken), layer.out_channels)
+        index = tuple(state.index[j] for j in taken)
+        self._convolution(node, layer, rule, "select_inputs", after, tensors, channels, recipe, None, index)
+        self._keep(node, self._copy_mapped(node, lambda n: source if n is x else self._made[n].node), None)
+
+
+def _kernels(layer: Layer) -> tuple[str, ...]:
+    return (layer.kernel, *layer.same_tensors) if layer.kernel else ()

@@ -1,0 +1,303 @@
+"""What becomes of functions, methods and modules without parameters on the walk, by what they do to channels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from repbnn_cli import rep_layers
+from repbnn_cli.channels import (
+    Compact,
+    Folded,
+    Tiled,
+    acts_per_sample,
+    adds_trailing_ones,
+    commutes,
+    concatenated,
+    flattened,
+    is_flatten,
+    kind_of_call,
+    operator_name,
+    permutation,
+    plain,
+)
+from repbnn_cli.graph import Network
+from repbnn_cli.inherit import Recipe, Tile
+from repbnn_cli.recognize import Layer
+from repbnn_cli.rules import Rule
+from repbnn_cli.static import evaluate, roots
+from repbnn_cli.tracer import fetch
+from repbnn_cli.walk import Walk, shape_text, subject_of
+
+
+class OperatorWalk(Walk):
+    """Handlers of functions and methods, and of modules that hold no tensors."""
+
+    def _call(self, node: fx.Node) -> None:
+        if not self._expanded(node):
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
+            return
+        kind = kind_of_call(node)
+        rule = self.rules.get(subject_of(node))
+        if kind == "concatenate":
+            self._need_rule(node, rule)
+            self._concatenate(node)
+        elif kind == "opaque":
+            call: Any = node.target if node.op == "call_function" else None
+            self._weightless(node, kind, call, rule)
+        else:
+            self._weightless(node, kind, None, rule)
+
+    def _need_rule(self, node: fx.Node, rule: Rule | None) -> None:
+        if rule is None or rule.apply != "tile":
+            self._refuse(
+                node, f"no rule lets {operator_name(node)} carry expanded channels", "add one for the role `weightless`"
+            )
+
+    def _weightless(self, node: fx.Node, kind: str, call: Callable[..., Any] | None, rule: Rule | None) -> None:
+        self._need_rule(node, rule)
+        expanded = self._expanded(node)
+        before, after = expanded[0].meta["value"], node.meta["value"]
+        single = len(self._tensors(node)) == 1
+        if (
+            single
+            and isinstance(before, Tensor)
+            and isinstance(after, Tensor)
+            and kind in ("fold", "flatten", "opaque")
+        ):
+            if is_flatten(before, after):
+                state = self._map(expanded[0])
+                positions = after.shape[1] // before.shape[1]
+                new = self.graph.call_function(torch.flatten, (self._as_tiled(expanded[0]), 1))
+                new.meta = {k: node.meta[k] for k in ("where", "path")}
+                self._keep(node, new, flattened(state, positions))
+                return
+            if adds_trailing_ones(before, after):
+                new = self.graph.call_function(_with_ndim, (self._as_tiled(expanded[0]), after.ndim))
+                self._keep(node, new, self._map(expanded[0]))
+                return
+        if kind == "opaque":
+            kind = self._test(node, call)
+        if kind == "per_channel":
+            self._with_parameters(node)
+        elif kind == "pointwise":
+            self._pointwise(node)
+        elif kind in ("spatial", "random"):
+            self._carry_one(node, random=kind == "random")
+        else:
+            self._fold(node)
+
+    def _test(self, node: fx.Node, call: Callable[..., Any] | None) -> str:
+        """An operator in no table: found out by running it on random numbers."""
+        operands = self._tensors(node)
+        varied = [n for n in operands if n not in self._static]
+        held = {n: evaluate(self.network.module, n, {}) for n in operands if n in self._static}
+
+        def run(*inputs: Any, beside: dict[fx.Node, Any] | None = None) -> Any:
+            given = dict(zip(varied, inputs, strict=True)) | (beside or held)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: given.get(n, n.meta["value"]))
+            return call(*args, **kwargs) if call is not None else None
+
+        inputs = [_random_like(n) for n in varied]
+        try:
+            if call is not None and held and self._takes_tiled(node, run, varied, held):
+                return "per_channel"
+            with contextlib.suppress(Exception):  # it may know how many channels it takes, and still act per sample
+                if call is not None and commutes(run, inputs):
+                    return "pointwise"
+            if call is not None and acts_per_sample(run, inputs):
+                return "fold"
+        except Exception as error:  # the user's code on inputs it may not expect
+            self._refuse(node, f"failed on a random input ({type(error).__name__}: {error})", "declare what it is")
+        what = node.target if node.op == "call_module" else operator_name(node)
+        return self._refuse(
+            node, f"{what} mixes channels in a way that is not known", "write it with torch functions, or as a module "
+            "whose role a rule file declares",
+        )  # fmt: skip
+
+    def _takes_tiled(
+        self, node: fx.Node, run: Callable[..., Any], varied: list[fx.Node], held: dict[fx.Node, Any]
+    ) -> bool:
+        """Whether a function with per-channel parameters (F.batch_norm, F.prelu) follows when these are tiled, too."""
+        x, value = _random_like(varied[0]), node.meta["value"]
+        if len(varied) != 1 or not isinstance(value, Tensor) or x.ndim < 2 or value.shape != x.shape:
+            return False
+        order = torch.arange(x.shape[1]).flip(0).repeat(2)
+        axes = {n: _channel_axis(t, x) for n, t in held.items() if isinstance(t, Tensor)}
+        tiled = held | {n: held[n].index_select(axis, order) for n, axis in axes.items() if axis is not None}
+        if all(tiled[n] is held[n] for n in held):
+            return False
+        with torch.no_grad(), contextlib.suppress(Exception):
+            return torch.allclose(run(x[:, order], beside=tiled), run(x)[:, order], rtol=1e-5, atol=1e-6)
+        return False
+
+    def _with_parameters(self, node: fx.Node) -> None:
+        """A function with per-channel parameters: everything tiled."""
+        x = self._expanded(node)[0]
+        want, value = self._map(x), x.meta["value"]
+
+        def operand(n: fx.Node) -> fx.Node:
+            if n is x:
+                return self._as_tiled(x)
+            axis = _channel_axis(n.meta["value"], value)
+            return self._made[n].node if axis is None else self._beside_static(node, n, axis, want)
+
+        self._keep(node, self._copy_mapped(node, operand), want)
+
+    def _carry_one(self, node: fx.Node, *, random: bool) -> None:
+        x = self._expanded(node)[0]
+        state = self._made[x].state
+        if random or not isinstance(node.meta["value"], Tensor):
+            self._keep(node, self._copy_mapped(node, self._as_tiled), self._map(x))
+        else:
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), state)
+
+    def _pointwise(self, node: fx.Node) -> None:
+        value = node.meta["value"]
+        tensors = self._tensors(node)
+        if len(tensors) == 1:
+            return self._carry_one(node, random=False)
+        folds = any(
+            isinstance(self._made[n].state, Folded)
+            or (self._made[n].state is not None and n.meta["value"].shape[1:2] != value.shape[1:2])
+            or (self._made[n].state is not None and n.meta["value"].ndim != value.ndim)
+            for n in tensors
+        )
+        if folds and not all(isinstance(self._made[n].state, Folded) and _unfoldable(n, self.network) for n in tensors):
+            per_channel = [n for n in tensors if self._is_per_channel(n, value)]
+            if not per_channel:
+                return self._fold(node)
+        expanded = self._expanded(node)
+        want = self._map(next((n for n in expanded if not self._map(n).plain), expanded[0]))
+        rule = self.rules.get(subject_of(node))
+        as_they_come = rule is not None and rule.align == "position" and any(self._map(n) != want for n in expanded)
+        if as_they_come:
+            self.by_position.append(node.name)
+            new = self._copy_mapped(node, lambda n: self._as_tiled(n) if n in expanded else self._made[n].node)
+        else:
+            new = self._copy_mapped(node, lambda n: self._beside(node, n, value, want))
+        return self._keep(node, new, want, by_position=as_they_come)
+
+    def _beside(self, node: fx.Node, operand: fx.Node, value: Tensor, want: Tiled) -> fx.Node:
+        """An operand in the form that fits the map `want` of the result."""
+        made, shape = self._made[operand], operand.meta["value"].shape
+        if made.state is not None:
+            return self._reordered(operand, want)
+        axis = 1 - (value.ndim - len(shape))
+        if axis < 0 or shape[axis] == 1:
+            return made.node
+        if operand in self._static:
+            return self._beside_static(node, operand, axis, want)
+        select = rep_layers.ChannelSelect(torch.tensor(want.index), axis)
+        return self._add(f"{made.node.name}_expand", select, made.node)
+
+    def _beside_static(self, node: fx.Node, operand: fx.Node, axis: int, want: Tiled) -> fx.Node:
+        """Per-channel parameters, or what is computed from them: tiled at their roots, so that the copies can drift
+        apart; where that is not the same (`self.scale.view(1, 64, 1, 1)`), the operand itself is repeated."""
+        new, paths = self._made[operand].node, [str(root.target) for root in roots(operand)]
+        have = next((self._tiled_as[p] for p in paths if p in self._tiled_as), want)
+        if self._tile_roots(operand, axis, have):
+            order = permutation(have, want)
+            if have == want or order is None:
+                return new
+            return self._add(f"{new.name}_reorder", rep_layers.ChannelSelect(torch.tensor(order), axis), new)
+        for path in paths:
+            self._read_whole[path] = node
+        return self._add(f"{new.name}_expand", rep_layers.ChannelSelect(torch.tensor(want.index), axis), new)
+
+    def _tile_roots(self, operand: fx.Node, axis: int, want: Tiled) -> bool:
+        """Whether tiling the parameters behind an operand tiles the operand; tried, and then planned."""
+        module, size = self.network.module, operand.meta["value"].shape[axis]
+        tiles: dict[str, Recipe] = {}
+        for root in roots(operand):
+            axes = [a for a, n in enumerate(root.meta["value"].shape) if n == size]
+            rule = self.rules.get(subject_of(root))
+            if axes and rule is not None and rule.apply == "tile":
+                tiles[str(root.target)] = Tile(axes[0], want.index)
+        try:
+            with torch.no_grad():
+                tiled = {path: tile(fetch(module, path).detach()) for path, tile in tiles.items()}
+                got = evaluate(module, operand, tiled)
+                wanted = Tile(axis, want.index)(evaluate(module, operand, {}))
+        except Exception:  # the user's code on tensors of other sizes
+            return False
+        if not tiles or got.shape != wanted.shape or not torch.equal(got, wanted):
+            return False
+        for path, tile in tiles.items():
+            self._tiled_as[path] = want
+            self._parameter_edit(path, self.rules[path], tile)
+        return True
+
+    def _is_per_channel(self, operand: fx.Node, value: Tensor) -> bool:
+        shape = operand.meta["value"].shape
+        axis = 1 - (value.ndim - len(shape))
+        return operand in self._static and axis >= 0 and shape[axis] > 1
+
+    def _parameter_edit(self, path: str, rule: Rule, recipe: Recipe) -> None:
+        """A parameter that a forward uses directly."""
+        tensor: Tensor = fetch(self.network.module, path)
+        layer = Layer(path, "per_channel", "a parameter that a forward uses directly")
+        with torch.no_grad():
+            after = recipe(tensor.detach()).shape
+        before = tuple(tensor.shape)
+        name = path.rpartition(".")[2]
+        self._edit(layer, rule, "parameter", shape_text(before), shape_text(after), [(name, recipe)], channels=None)
+
+    def _concatenate(self, node: fx.Node) -> None:
+        tensors = self._tensors(node)
+        value = node.meta["value"]
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        axis = int(dim) % value.ndim  # type: ignore[arg-type]
+        if axis == 0 or any(
+            isinstance(self._made[n].state, Folded) and not _unfoldable(n, self.network) for n in tensors
+        ):
+            return self._fold(node)
+        if axis != 1:
+            return self._pointwise(node)
+        states = {
+            n: self._map(n) if self._made[n].state else plain(n.meta["value"].shape[1], self.beta) for n in tensors
+        }
+
+        def operand(n: fx.Node) -> fx.Node:
+            if self._made[n].state is not None:
+                return self._as_tiled(n)
+            return self.graph.call_function(rep_layers.add_channels, (self._made[n].node, self.beta))
+
+        sequence = node.args[0] if node.args else node.kwargs["tensors"]
+        state = concatenated([states[n] for n in sequence])  # type: ignore[union-attr, index]
+        return self._keep(node, self._copy_mapped(node, operand), state)
+
+    def _fold(self, node: fx.Node) -> None:
+        for n in self._expanded(node):
+            if isinstance(self._made[n].state, Tiled | Compact) and not isinstance(n.meta["value"], Tensor):
+                self._refuse(node, "takes a tuple of expanded tensors", "unpack it first")
+        self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded())
+
+
+def _unfoldable(node: fx.Node, network: Network) -> bool:
+    value = node.meta["value"]
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == network.batch
+
+
+def _channel_axis(tensor: Tensor, x: Tensor) -> int | None:
+    """The axis of a parameter that runs over the channels of x, if any."""
+    if tensor.ndim == x.ndim and tensor.shape[1] == x.shape[1]:
+        return 1
+    return 0 if 0 < tensor.ndim < x.ndim and tensor.shape[0] == x.shape[1] and tensor.numel() > 1 else None
+
+
+def _random_like(arg: Any) -> Any:
+    value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
+    if not isinstance(value, Tensor):
+        return value
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(value.shape, generator=generator).to(value.dtype)
+
+
+def _with_ndim(x: Tensor, ndim: int) -> Tensor:
+    """(N, C) ↔ (N, C, 1, 1), whichever `ndim` asks for."""
+    return x.reshape(*x.shape[:ndim], *[1] * (ndim - x.ndim))
