@@ -84,8 +84,8 @@ def transform(
 
     commands.transform(
         checkpoint, beta=beta, rules=rules, inherit=inherit, last_layer=last_layer, arch=arch, model=model,
-        model_args=model_args, input_size=input_size, output=output, slim=slim, verify=verify, dry_run=dry_run, force=force,
-        key=key, unsafe=unsafe_load, as_json=as_json,
+        model_args=model_args, input_size=input_size, output=output, slim=slim, verify=verify, dry_run=dry_run,
+        force=force, key=key, unsafe=unsafe_load, as_json=as_json,
     )  # fmt: skip
 
 

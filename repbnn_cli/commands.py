@@ -77,8 +77,7 @@ def certify(src: Source, plan: Plan, rep: torch.fx.GraphModule, *, mode: str) ->
 def _show_plan(src: Source, plan: Plan, *, as_json: bool) -> None:
     rows = plan.rows()
     if as_json:
-        views.print_json({"network": src.origin.name, "rules": plan.rules.name, "options": _options(plan.rules),
-                          "plan": [r.as_plain() for r in rows], "notes": [*plan.notes, *plan.network.notes]})  # fmt: skip
+        views.print_json(_plain_plan(src, plan))
         return
     out = views.console()
     _headline(src, plan)
@@ -88,25 +87,38 @@ def _show_plan(src: Source, plan: Plan, *, as_json: bool) -> None:
     out.print()
     for line in views.rule_places(rows):
         out.print(line)
-    views.say(*(f"note: {n}" for n in (*plan.notes, *plan.network.notes)), "dry run: nothing was changed or written")
+    views.say(*_notes(plan), "dry run: nothing was changed or written")
 
 
 def _show_transform(src: Source, plan: Plan, certificate: Certificate, target: Path, *, as_json: bool) -> None:
-    rows = plan.rows()
     if as_json:
-        views.print_json({"network": src.origin.name, "identified": src.reason, "rules": plan.rules.name,
-                          "options": _options(plan.rules), "plan": [r.as_plain() for r in rows],
-                          "notes": [*plan.notes, *plan.network.notes], "certificate": certificate.as_plain(),
-                          "passed": certificate.passed, "output": str(target) if certificate.passed else None})  # fmt: skip
+        passed = certificate.passed
+        outcome = {"certificate": certificate.as_plain(), "passed": passed, "output": str(target) if passed else None}
+        views.print_json(_plain_plan(src, plan) | outcome)
         return
     out = views.console()
     _headline(src, plan)
-    out.print(views.plan_table(rows))
+    out.print(views.plan_table(plan.rows()))
     out.print()
     out.print(views.certificate_table(certificate.as_plain()))
-    views.say(*(f"note: {n}" for n in (*plan.notes, *plan.network.notes)))
+    views.say(*_notes(plan))
     if certificate.passed:
         views.say(f"wrote {target}; next: repbnn profile, repbnn report --markdown")
+
+
+def _plain_plan(src: Source, plan: Plan) -> dict[str, Any]:
+    return {
+        "network": src.origin.name,
+        "identified": src.reason,
+        "rules": plan.rules.name,
+        "options": _options(plan.rules),
+        "plan": [row.as_plain() for row in plan.rows()],
+        "notes": [*plan.notes, *plan.network.notes],
+    }
+
+
+def _notes(plan: Plan) -> list[str]:
+    return [f"note: {n}" for n in (*plan.notes, *plan.network.notes)]
 
 
 def _headline(src: Source, plan: Plan) -> None:
@@ -216,8 +228,9 @@ def profile(
         src = _zoo_network(path, input_size)
         cost = _profile_of(src.model, src.origin)
     else:
-        src = source.from_checkpoint(path, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key,
-                                     unsafe=unsafe)  # fmt: skip
+        src = source.from_checkpoint(
+            path, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
+        )
         cost = _profile_of(src.model, src.origin)
     if as_json:
         text = views.json_text({"target": str(path)} | tables.cost_as_dict(cost, sort=sort, depth=depth))

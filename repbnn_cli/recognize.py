@@ -303,7 +303,7 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         )
     convs: list[ConvFacts] = node.meta.get("convs", [])
     declared: dict[str, tuple[str, int]] = {n: (str(p.channels), p.axis) for n, p in rule.per_channel.items()}
-    axes = declared | _undeclared(node, module, rule, kernel, shape, declared)
+    sides = declared | _undeclared(node, module, rule, kernel, shape, declared)
     activation = rule.activation_bits or max((c.activation_bits for c in convs), default=32)
     return Layer(
         path,
@@ -314,8 +314,8 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         groups=convs[0].groups if convs else int(getattr(module, "groups", 1)),
         weight_bits=rule.weight_bits or (1 if str(rule.role).startswith("binary") else 32),
         activation_bits=activation if activation != 32 or not str(rule.role).startswith("binary") else 1,
-        out_tensors={n: axis for n, (side, axis) in axes.items() if side == "out"},
-        in_tensors={n: axis for n, (side, axis) in axes.items() if side == "in"},
+        out_tensors={n: axis for n, (side, axis) in sides.items() if side == "out"},
+        in_tensors={n: axis for n, (side, axis) in sides.items() if side == "in"},
         attributes=rule.attributes,
         convolutions=max(1, len(convs)),
     )

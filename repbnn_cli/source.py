@@ -23,7 +23,7 @@ from repbnn_cli.tracer import interceptable
 
 @dataclass(frozen=True)
 class Origin:
-    """How to build the network again, in plain values: a zoo name, or the user's `file.py:callable` with its arguments."""
+    """How to build the network again, in plain values: a zoo name, or the user's `file.py:callable` and arguments."""
 
     arch: str | None
     model: str | None

@@ -104,7 +104,7 @@ def _macs(network: nn.Module, paths: list[str]) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_networks(kind: str) -> None:
-    @often
+    @settings(often, max_examples=25 if kind == "everything" else 15)
     @given(spec=specs(*KINDS[kind]), beta=BETAS, inherit=INHERIT, last_layer=WAYS)
     def holds(spec: Spec, beta: int, inherit: str, last_layer: str) -> None:
         check(spec, beta=beta, inherit=inherit, last_layer=last_layer)
