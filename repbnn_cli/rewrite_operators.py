@@ -172,9 +172,12 @@ class OperatorWalk(Walk):
             if not per_channel:
                 return self._fold(node)
         expanded = self._expanded(node)
-        want = self._map(next((n for n in expanded if not self._map(n).plain), expanded[0]))
         rule = self.rules.get(subject_of(node))
-        as_they_come = rule is not None and rule.align == "position" and any(self._map(n) != want for n in expanded)
+        positional = rule is not None and rule.align == "position"
+        maps = [self._map(n) for n in expanded]
+        # Back to the plain map where there is a choice: RepConvs give it, and each sum with one would reorder again.
+        want = next((m for m in maps if m.plain != positional), maps[0])
+        as_they_come = positional and any(m != want for m in maps)
         if as_they_come:
             self.by_position.append(node.name)
             new = self._copy_mapped(node, lambda n: self._as_tiled(n) if n in expanded else self._made[n].node)

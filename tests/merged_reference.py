@@ -23,13 +23,15 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, BinaryConv2d)
 
 
 def both(
-    source: nn.Module, rep: nn.Module, x: Tensor, *, fresh: bool = False
+    source: nn.Module, rep: nn.Module, x: Tensor, *, fresh: bool = False, train: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, list[int]]]:
     """(Rep logits, reference logits, module path → source channel of each of its inputs), all in float64.
 
     fresh: the Rep network did not inherit; what it did not resize is then taken over from it.
+    train: with batch statistics, as in a first training step.
     """
-    source, rep, x = copy.deepcopy(source).double().eval(), copy.deepcopy(rep).double().eval(), x.double()
+    source, rep = (copy.deepcopy(network).double().train(train) for network in (source, rep))
+    x = x.double()
     seen: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         own = dict(rep.named_modules())
@@ -83,7 +85,7 @@ class Merged(nn.Module):
         merged = merge(kernel, self.index, x.shape[1], groups)[rows]
 
         def of_channel(values: Tensor) -> Tensor:  # (O/β, 1, 1) or (1, O/β, 1, 1) → one per source channel
-            return values.flatten()[rows].view(-1, 1, 1)
+            return values.flatten()[rows].view(-1, *[1] * (x.ndim - 2))
 
         if isinstance(source, nn.Linear):
             return F.linear(signs, merged, None if rep.bias is None else rep.bias[rows])

@@ -183,6 +183,32 @@ def test_operator_is_carried(name: str, beta: int) -> None:
     assert rep.get_submodule("body.second").weight.shape == (8 // beta, beta * out, 3, 3)
 
 
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_random_operators_draw_for_each_copy(kind: str) -> None:
+    """Directly behind a convolution, whose copies would share what is drawn if it were drawn before the repeat."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.drop = conv(8, 8), nn.BatchNorm2d(8), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(self.drop(y) if kind == "module" else F.dropout(y, 0.5, self.training))
+
+    model = randomize(Body(Noisy()))
+    plan, rep = transformed(model)
+    assert verify.verify(model, plan, rep, gradients=True).passed
+    seen: list[Tensor] = []
+    rep.get_submodule("body.norm").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    rep.train()
+    rep(images())
+    (dropped,) = seen
+    assert dropped.shape[1] == 16
+    copies = [(c == 0) for c in dropped.split(4, 1)]  # β² copies of 4 convolution channels
+    assert not any(torch.equal(copies[0], other) for other in copies[1:])
+
+
 HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "flatten": lambda x: x.flatten(1),
     "torch.flatten": lambda x: torch.flatten(x, 1),

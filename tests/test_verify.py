@@ -213,6 +213,7 @@ def test_a_graph_that_is_not_the_source(model: nn.Module) -> None:
     assert "captured = source, trained weights" in found
     assert "captured learns as source" in found
     assert "merged-kernel identity" in found
+    assert "captured = source" in failed(verify(model, plan, rep, gradients=False))
 
 
 def test_a_graph_that_learns_something_else() -> None:

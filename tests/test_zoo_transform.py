@@ -13,7 +13,7 @@ from networks import outcome, planned, randomize
 from torch import Tensor, nn
 
 from repbnn_cli import surgery, verify, zoo
-from repbnn_cli.rep_layers import RepBconv2d, RepMixin
+from repbnn_cli.rep_layers import ChannelSelect, RepBconv2d, Repeat, RepMixin
 
 FLOAT = {"resnet20", "resnet20_bireal"}
 TWO_BRANCHES = {"reactnet_a", "adambnn_reactnet_a"}
@@ -149,6 +149,21 @@ def test_larger_beta(name: str, beta: int) -> None:
         assert channels == [*range(count)] * beta, path
 
 
+def test_concatenations_cost_one_reordering_each() -> None:
+    """Behind a widening block of ReActNet the replicas lie as [A A B B]; the next sum brings them back, for good."""
+    model = network("adambnn_reactnet_a")
+    plan = planned(model, (3, 32, 32))
+    assert [type(m) for m in plan.added.values()] == [ChannelSelect] * 5
+    released = planned(model, (3, 32, 32), "reptran-released")
+    assert [type(m) for m in released.added.values()] == [Repeat]
+    (note,) = released.notes
+    assert "28 sums" in note
+    assert "align: position" in note
+    certificate = verify.verify(model, released, surgery.apply(released), gradients=False, batch=1)
+    assert certificate.passed
+    assert certificate.checks[-1].values["by_position"] == 28
+
+
 KINDS = {
     "irnet_resnet20": "IR-Net",
     "rbnn_resnet20_bireal": "RBNN",
@@ -205,6 +220,16 @@ def test_last_layers_behind_a_flatten_and_a_concatenation(name: str, last_layer:
     taken = index["fc"]
     source = model.fc.in_features
     assert len(set(taken)) == len(taken) == (source if last_layer == "1_over_beta" else source // 2)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "rbnn_resnet20"])
+@pytest.mark.parametrize("rule", ["reptran", "bn-before-repeat"])
+def test_the_identity_holds_in_training_mode(name: str, rule: str) -> None:
+    """The copies have the same batch statistics, too."""
+    model = network(name)
+    rep = surgery.apply(planned(model, (3, 16, 16), rule))
+    actual, expected, _ = both(model, rep, example(name, 4), train=True)
+    assert_identical(actual, expected)
 
 
 def test_transform_in_float64_stays_in_float64() -> None:

@@ -1,0 +1,389 @@
+"""The training loop: stages of a recipe, epochs, steps, states. Plain PyTorch, to be read from top to bottom.
+
+Between two epochs the host reads nothing from the device but, every `log_every` steps, three sums. On the CPU, where
+reading costs nothing, the loss is looked at in every step. BatchNorm sees one part of a batch at a time when gradients
+are accumulated. A run killed at any moment and resumed ends with the bits of one that was never interrupted, on the
+same CPU with as many threads: everything random is a function of the seed and the position, or is in the state.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repbnn_cli.binary_conv import GatedConv2d
+from repbnn_cli.errors import DivergedError, StoppedError
+from repbnn_cli.train import guards, health, measure, recipes, state
+from repbnn_cli.train.data import Dataset, ImageFolders
+from repbnn_cli.train.feeds import Feed, open_feed
+from repbnn_cli.train.guards import Signals
+from repbnn_cli.train.measure import logits_of
+from repbnn_cli.train.recipes import Recipe, Stage
+from repbnn_cli.train.schedules import Binarization, LearningRate, learning_rate
+from repbnn_cli.train.state import Position, Run
+from repbnn_cli.train.steps import averaged, copy_into, gate_penalty, loss_of, optimizer_for
+
+Package = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is computed and recorded; nothing of the method.
+
+    autocast: bfloat16 where PyTorch's autocast takes it; it rounds what a sign decides on, so results differ.
+    log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
+    within an epoch, 0 for none; keep: states that stay. workers: processes that decode images from folders.
+    """
+
+    channels_last: bool = True
+    autocast: bool = False
+    eval_batch: int = 500
+    log_every: int = 50
+    save_every: int = 0
+    keep: int = 2
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, with averages over the epoch so far; epoch and batch count from 1."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    loss: float
+    top1: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run reached in its last stage. rows: of this process, as in metrics.jsonl; notes: for the user."""
+
+    top1: float
+    best_top1: float
+    best_epoch: int
+    run: Path
+    best: Path
+    last: Path
+    rows: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+def finetune(
+    network: nn.Module,
+    dataset: Dataset | ImageFolders,
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    calibrate: int = 0,
+    options: Options | None = None,
+    package: Package | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Outcome:
+    """Trains `network` in place by a recipe, from the weights it has, and writes the run's folder.
+
+    epochs: length of every stage instead of the recipe's. resume: continue the run in run_dir; all arguments have to
+    be those of its beginning. teacher: the network to distil from. calibrate: training batches over which BatchNorm
+    statistics are estimated anew before the first step, 0 for none; the accuracy after that is epoch 0 of the metrics.
+    package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
+
+    Raises UsageError (arguments that do not fit each other, another run in run_dir), DivergedError, and StoppedError
+    after SIGINT or SIGTERM, once the state is saved.
+    """
+    options, device = options or Options(), torch.device(device)
+    recipe = recipe if epochs is None else recipes.with_epochs(recipe, epochs)
+    recipes.check_data(recipe, dataset.name)
+    feed = open_feed(dataset, recipe.header, seed=seed, device=device, channels_last=options.channels_last,
+                     eval_batch=options.eval_batch, workers=options.workers)  # fmt: skip
+    for part in (network, teacher):
+        if part is not None:
+            part.to(device=device)
+            if options.channels_last:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    guards.check(network, teacher, recipe, feed.example, len(dataset.classes))
+    fingerprint = {
+        "data": dataset.fingerprint,
+        "recipe": recipe.text,
+        "network": state.structure_of(network),
+        "weights": state.weights_of(network),
+        "teacher": None if teacher is None else state.weights_of(teacher),
+        "seed": seed,
+        "calibrate": calibrate,
+        "channels_last": options.channels_last,
+        "autocast": options.autocast,
+    }
+    environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options)}
+    with ExitStack() as stack:
+        run = stack.enter_context(Run(run_dir, keep=options.keep))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        signals = stack.enter_context(Signals())
+        run.begin(fingerprint, recipe.text, environment, resume=resume)
+        torch.manual_seed(seed)
+        facts = {"recipe": recipe.name, "recipe_text": recipe.text, "seed": seed, "data": dataset.name,
+                 "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes)}  # fmt: skip
+        trainer = _Trainer(network, recipe, feed, run, fingerprint, options, device, signals, teacher,
+                           package or (lambda tensors, about: {"state_dict": tensors, **about}), facts,
+                           on_step, on_epoch)  # fmt: skip
+        stored = run.latest(fingerprint) if resume else None
+        if stored is None:
+            trainer.begin(calibrate)
+        else:
+            trainer.restore(stored)
+        return trainer.train()
+
+
+class _Trainer:
+    """The run in memory. `at` is the position of the next step; what `save` writes is what `restore` reads."""
+
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, feed: Feed, run: Run, fingerprint: Mapping[str, Any],
+        options: Options, device: torch.device, signals: Signals, teacher: nn.Module | None, package: Package,
+        facts: Mapping[str, Any],
+        on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Mapping[str, Any]], None] | None,
+    ) -> None:  # fmt: skip
+        self.network, self.recipe, self.feed, self.run = network, recipe, feed, run
+        self.fingerprint, self.options, self.device, self.signals = fingerprint, options, device, signals
+        self.teacher, self.package, self.facts = teacher, package, facts
+        self.on_step, self.on_epoch = on_step, on_epoch
+        self.convs = health.binary_convs(network)
+        self.gated = [m for m in self.convs.values() if isinstance(m, GatedConv2d)]
+        self.binarization = Binarization(recipe.header.binarization, network)
+        self.lr = LearningRate(device)
+        self.at, self.step = Position(0, 0, 0), 0
+        # loss · images, correct, images of the epoch so far: on the device, read once per epoch.
+        self.totals = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.signs: dict[str, Tensor] = {}
+        self.ema: dict[str, Tensor] = {}
+        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.last_top1 = math.nan
+        self.optimizer_state: dict[Any, Any] = {}
+        self.rows: list[Mapping[str, Any]] = []
+
+    # -- beginning and resuming ---------------------------------------------------------------------------------------
+
+    def begin(self, calibrate: int) -> None:
+        self.signs = health.signs(self.convs)
+        if calibrate:
+            measure.calibrate(self.network, self.feed.train.epoch(0), calibrate)
+            result = measure.evaluate(self.network, self.feed.test())
+            self.last_top1 = result.top1
+            row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
+                   "test_top1": result.top1, "test_top5": result.top5}  # fmt: skip
+            self._record(row, {})
+        self.save()
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(stored["state_dict"])
+        self.at, self.step = Position(*stored["position"]), stored["step"]
+        self.signs = {path: sign.to(self.device) for path, sign in stored["signs"].items()}
+        self.ema = {name: tensor.to(self.device) for name, tensor in stored["ema"].items()}
+        self.totals.copy_(stored["totals"])
+        self.best, self.last_top1 = dict(stored["best"]), stored["last_top1"]
+        self.optimizer_state = stored["optimizer"]
+        torch.set_rng_state(stored["rng"])
+        if self.device.type == "cuda" and stored["rng_device"] is not None:
+            torch.cuda.set_rng_state(stored["rng_device"], self.device)
+
+    def save(self) -> Path:
+        """Writes the state of this position; one that is not finite never takes a good one's place."""
+        if not health.finite(self.network):
+            raise self._diverged("weights are", self.feed.example)
+        return self.run.save(
+            self.at,
+            {
+                "state_dict": self.network.state_dict(),
+                "optimizer": self.optimizer_state,
+                "ema": self.ema,
+                "signs": self.signs,
+                "totals": self.totals,
+                "step": self.step,
+                "best": self.best,
+                "last_top1": self.last_top1,
+                "rng": torch.get_rng_state(),
+                "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+            self.fingerprint,
+        )
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Outcome:
+        for index in range(self.at.stage, len(self.recipe.stages)):
+            self._stage(self.recipe.stages[index])
+        self._load_average()
+        self.network.eval()
+        last = self._publish("last.pt", self.last_top1, self.best["last_epoch"])
+        best, notes = self.run.checkpoints / "best.pt", tuple(self.binarization.notes())
+        top1, epoch = self.best["top1"], self.best["epoch"]
+        return Outcome(self.last_top1, top1, epoch, self.run.path, best, last, tuple(self.rows), notes)
+
+    def _stage(self, stage: Stage) -> None:
+        epochs = self._epochs(stage)
+        optimizer = optimizer_for(self.network, stage, self.lr.value)
+        if self.optimizer_state:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self.optimizer_state, "param_groups": groups})
+            for group in optimizer.param_groups:  # load_state_dict puts copies there
+                group["lr"] = self.lr.value
+        if stage.ema and not self.ema:
+            self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
+        with health.float_kernels(self.network, active=stage.kernels == "float"):
+            for epoch in range(self.at.epoch, epochs):
+                self._epoch(stage, optimizer, epoch, epochs)
+                following = (self.at.stage, epoch + 1, 0) if epoch + 1 < epochs else (self.at.stage + 1, 0, 0)
+                self._finish_epoch(stage, optimizer, epoch, Position(*following))
+
+    def _epoch(self, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, epochs: int) -> None:
+        """All steps from `at` to the end of the epoch."""
+        self.values = self.binarization.set(epoch, epochs)
+        if self.at.batch == 0:
+            self.totals.zero_()
+            self.binarization.rotate()
+        self.network.train()
+        batches = self._batches(stage, epoch)
+        earlier = sum(self._epochs(s) for s in self.recipe.stages[: self.at.stage])
+        self.began, self.images = time.perf_counter(), 0
+        if stage.unit == "epochs":
+            self._set_lr(stage, epoch)
+        for images, labels in self.feed.train.epoch(earlier + epoch, self.at.batch):
+            if self.at.batch >= batches:  # a length in iterations ends within an epoch
+                break
+            if stage.unit == "iterations":
+                self._set_lr(stage, epoch * len(self.feed.train) + self.at.batch)
+            self._step(stage, optimizer, images, labels)
+            self.at = self.at._replace(batch=self.at.batch + 1)
+            self.images += len(labels)
+            if self.on_step is not None and self.at.batch % self.options.log_every == 0:
+                loss, correct, count = self.totals.tolist()
+                rate = self.images / (time.perf_counter() - self.began)
+                self.on_step(Progress(stage.name, epoch + 1, epochs, self.at.batch, batches, loss / count,
+                                      100 * correct / count, rate))  # fmt: skip
+            asked = bool(self.options.save_every) and self.at.batch % self.options.save_every == 0
+            if self.signals.received or (asked and self.at.batch < batches):
+                self.optimizer_state = optimizer.state_dict()["state"]
+                self._stop_if_asked(self.save())
+
+    def _step(self, stage: Stage, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        look = self.device.type == "cpu" or self.step % self.options.log_every == 0
+        for x, y in zip(images.chunk(stage.accumulate), labels.chunk(stage.accumulate), strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
+                logits, lesson = logits_of(self.network(x)), self._lesson(stage, x)
+            loss = loss_of(stage, logits, y, lesson) + gate_penalty(stage, self.gated)
+            if look and not torch.isfinite(loss):
+                raise self._diverged("the loss is", x)
+            (loss * (len(y) / len(labels))).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(1) == y).sum()
+                self.totals += torch.stack([loss.detach() * len(y), correct, torch.full_like(loss, len(y))])
+        optimizer.step()
+        self.step += 1
+        if self.ema:
+            now = averaged(self.network)
+            torch._foreach_lerp_([*self.ema.values()], [now[name] for name in self.ema], 1 - stage.ema)
+
+    def _lesson(self, stage: Stage, images: Tensor) -> Tensor | None:
+        if not stage.distillation.weight or self.teacher is None:
+            return None
+        with torch.no_grad():
+            return logits_of(self.teacher(images))
+
+    def _finish_epoch(self, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, following: Position) -> None:
+        """Metrics, best network, and the state of the next position, in this order."""
+        loss, correct, count = self.totals.tolist()
+        seconds = time.perf_counter() - self.began
+        if not math.isfinite(loss) or not health.finite(self.network):
+            raise self._diverged("the loss or a weight is", self.feed.example)
+        signs = health.signs(self.convs)
+        with self._average():
+            result = measure.evaluate(self.network, self.feed.test())
+        if self.at.stage != self.best.get("stage") or result.top1 > self.best["top1"]:
+            self.best = {"top1": result.top1, "epoch": epoch + 1, "stage": self.at.stage}
+            with self._average():
+                self._publish("best.pt", result.top1, epoch + 1)
+        self.best["last_epoch"], self.last_top1 = epoch + 1, result.top1
+        row = {
+            "stage": stage.name, "epoch": epoch + 1, "step": self.step, "lr": self.lr.current, **self.values,
+            "loss": loss / count, "train_top1": 100 * correct / count, "test_loss": result.loss,
+            "test_top1": result.top1, "test_top5": result.top5, "best_top1": self.best["top1"],
+            "flips": health.flips(self.signs, signs), "dead": health.dead(self.convs),
+        }  # fmt: skip
+        rate = self.images / seconds if self.images else None
+        self._record(row, {"stage": stage.name, "epoch": epoch + 1, "seconds": seconds, "images_per_s": rate})
+        self.at, self.signs = following, signs
+        if following.epoch == 0:  # the next stage starts its optimiser and its average anew
+            self._load_average()
+            self.ema, self.optimizer_state = {}, {}
+        else:
+            self.optimizer_state = optimizer.state_dict()["state"]
+        self._stop_if_asked(self.save())
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _epochs(self, stage: Stage) -> int:
+        return stage.epochs if stage.unit == "epochs" else math.ceil(stage.iterations / len(self.feed.train))
+
+    def _batches(self, stage: Stage, epoch: int) -> int:
+        batches = len(self.feed.train)
+        return batches if stage.unit == "epochs" else min(batches, stage.iterations - epoch * batches)
+
+    def _set_lr(self, stage: Stage, position: int) -> None:
+        made = stage.schedule
+        self.lr.set(learning_rate(made.name, position, stage.total, lr=stage.optimizer.lr, warmup=made.warmup,
+                                  milestones=made.milestones, factor=made.factor))  # fmt: skip
+
+    @contextmanager
+    def _average(self) -> Iterator[None]:
+        """Meanwhile the network has its averaged weights, where the stage keeps an average."""
+        kept = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()} if self.ema else {}
+        self._load_average()
+        try:
+            yield
+        finally:
+            copy_into(self.network, kept)
+
+    def _load_average(self) -> None:
+        copy_into(self.network, self.ema)
+
+    def _publish(self, name: str, top1: float, epoch: int) -> Path:
+        stage = self.recipe.stages[min(self.at.stage, len(self.recipe.stages) - 1)]
+        about = {**self.facts, "top1": top1, "epoch": epoch, "epochs": self._epochs(stage), "stage": stage.name}
+        return self.run.publish(name, self.package(self.network.state_dict(), about))
+
+    def _record(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        self.run.record(row, timing)
+        self.rows.append(row)
+        if self.on_epoch is not None:
+            self.on_epoch({**row, **{k: v for k, v in timing.items() if k not in row}})
+
+    def _stop_if_asked(self, saved: Path) -> None:
+        if self.signals.received:
+            name = signal.Signals(self.signals.received).name
+            text = f"stopped by {name} after step {self.step}; saved {saved}; the same command with --resume continues"
+            raise StoppedError(text, self.signals.received)
+
+    def _diverged(self, what: str, images: Tensor) -> DivergedError:
+        layer = health.first_not_finite(self.network, images) or "the loss alone (is a teacher's output finite?)"
+        states = self.run.states()
+        kept = f"the last good state is {states[-1]}" if states else "nothing was saved yet"
+        stage = self.recipe.stages[min(self.at.stage, len(self.recipe.stages) - 1)].name
+        where = f"stage {stage}, epoch {self.at.epoch + 1}, step {self.step + 1}"
+        return DivergedError(f"{where}: {what} not finite; first in {layer}; {kept}; try a lower optimizer.lr")

@@ -1,0 +1,85 @@
+"""What a run eats: the training batches and the test batches of a data set, as its recipe wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repbnn_cli.errors import UsageError
+from repbnn_cli.train.batches import Source, batches_in
+from repbnn_cli.train.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
+from repbnn_cli.train.image_crops import Augmentation
+from repbnn_cli.train.recipe_models import RecipeFile
+
+Images = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+# What the recipes' names mean; jitter is IR-Net's, lighting that of Bi-Real Net, ReActNet and AdamBNN.
+FOLDERS = {
+    "imagenet": Augmentation(lighting=0.0),
+    "imagenet-lighting": Augmentation(lighting=0.1),
+    "imagenet-jitter": Augmentation(lighting=0.0, jitter=(0.2, 0.2, 0.2, 0.1)),
+}
+MEMORY = ("none", "cifar")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """train: batches by epoch and position; test: starts over at every call; example: two test images, normalised."""
+
+    train: Source
+    test: Images
+    example: Tensor
+
+
+def open_feed(
+    dataset: Dataset | ImageFolders,
+    recipe: RecipeFile,
+    *,
+    seed: int,
+    device: torch.device,
+    channels_last: bool = True,
+    eval_batch: int = 500,
+    workers: int = 2,
+) -> Feed:
+    """The feed of a run. Raises UsageError for an augmentation that is not for the data set, or a batch too large."""
+    if batches_in(len(dataset.train), recipe.batch, drop_last=True) == 0:
+        count = len(dataset.train)
+        raise UsageError(f"batch {recipe.batch}: {dataset.name} has only {count} training images; --set batch={count}")
+    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
+    test = eval_images(dataset, recipe, device=device, channels_last=channels_last, batch=eval_batch, workers=workers)
+    if isinstance(dataset, ImageFolders):
+        how = FOLDERS[recipe.augmentation]
+        folders = FolderBatches(dataset.train, recipe.batch, seed=seed, augmentation=how, workers=workers, **look)
+        few = replace(dataset.test, names=dataset.test.names[:2], labels=dataset.test.labels[:2])
+        return Feed(folders, test, next(iter(eval_folder_batches(few, 2, workers=0, **look)))[0])
+    changed = recipe.augmentation == "cifar"
+    train = Batches(dataset.train, recipe.batch, seed=seed, pad=4 if changed else 0, flip=changed, **look)
+    return Feed(train, test, next(iter(eval_batches(dataset.test, 2, **look)))[0])
+
+
+def eval_images(
+    dataset: Dataset | ImageFolders,
+    recipe: RecipeFile,
+    *,
+    device: torch.device,
+    channels_last: bool = True,
+    batch: int = 500,
+    workers: int = 2,
+) -> Images:
+    """Batches of the test split in order, normalised as the recipe says; each call starts over."""
+    known = FOLDERS if isinstance(dataset, ImageFolders) else MEMORY
+    if recipe.augmentation not in known:
+        raise UsageError(
+            f"augmentation {recipe.augmentation}: is not for {dataset.name}; expected one of {', '.join(known)} (--set "
+            "augmentation=...), or another recipe"
+        )
+    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
+    if isinstance(dataset, ImageFolders):
+        folder = dataset.test
+        return lambda: eval_folder_batches(folder, batch, workers=workers, **look)
+    split = dataset.test.to(device)
+    return lambda: eval_batches(split, batch, **look)

@@ -1,0 +1,81 @@
+"""Around a run: signals, what can be wrong with its arguments together, and the environment that it ran in."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import repbnn_cli
+from repbnn_cli.errors import UsageError
+from repbnn_cli.train import health
+from repbnn_cli.train.data import Dataset, ImageFolders
+from repbnn_cli.train.measure import logits_of
+from repbnn_cli.train.recipes import Recipe
+
+
+class Signals:
+    """Turns the first SIGINT or SIGTERM into `received`; a second one does what it always does."""
+
+    received = 0
+
+    def __enter__(self) -> Signals:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def check(network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example: Tensor, classes: int) -> None:
+    """Raises UsageError for what can be wrong with the arguments together; example: a few images, normalised."""
+    for stage in recipe.stages:
+        if stage.distillation.weight and teacher is None:
+            wanted = stage.distillation.teacher
+            raise UsageError(
+                f"recipe {recipe.name}: stage {stage.name} distils from {wanted}; name it with --teacher, or --set "
+                "distillation.weight=0"
+            )
+        if stage.kernels == "float" and not health.binary_convs(network):
+            raise UsageError(f"recipe {recipe.name}: stage {stage.name} trains float kernels first, which needs binary "
+                             "convolutions of repbnn's; choose another recipe")  # fmt: skip
+    for name, part in (("network", network), ("teacher", teacher)):
+        if part is None:
+            continue
+        training = part.training
+        with torch.no_grad():
+            outputs = logits_of(part.eval()(example)).shape[1]
+        part.train(training and part is network)
+        if outputs != classes:
+            raise UsageError(
+                f"the {name} has {outputs} outputs, the data set {classes} classes; choose the data set that it was "
+                f"made for, or build it with {classes} classes"
+            )
+
+
+def environment(dataset: Dataset | ImageFolders, device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, command and data, as plain values."""
+    return {
+        "repbnn": repbnn_cli.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "data": dataset.name,
+        "data_source": dataset.source,
+        "data_notes": list(dataset.notes),
+    }

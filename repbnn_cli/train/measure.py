@@ -1,0 +1,89 @@
+"""Accuracy of a network on batches of images, and the re-estimation of its BatchNorm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repbnn_cli.errors import UsageError
+
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 and top-5 in percent, mean cross-entropy, and the number of images they are over."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a forward; a network with a teacher inside returns (logits, teacher logits)."""
+    logits: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return logits.float()
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches: Iterable[Batch]) -> Evaluation:
+    """Accuracy in eval mode; the network's mode is as before afterwards. One transfer from the device in all."""
+    totals: Tensor | None = None
+    with _modes_kept(network):
+        network.eval()
+        for images, labels in batches:
+            logits = logits_of(network(images))
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_full((), len(labels))])
+            totals = sums.double() if totals is None else totals + sums
+    if totals is None:
+        raise UsageError("evaluate: there are no images; check the data set's test part")
+    top1, top5, loss_sum, count = totals.tolist()
+    return Evaluation(100 * top1 / count, 100 * top5 / count, loss_sum / count, int(count))
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
+    """Estimates all BatchNorm running statistics anew: plain averages over the first n batches, which it returns.
+
+    Only BatchNorms are in training mode meanwhile, so that nothing random runs; modes and momenta are as before
+    afterwards. Every layer sees the batch statistics of those before it, as in training.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    seen = 0
+    with _modes_kept(network):
+        network.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        try:
+            for images, _ in islice(batches, n):
+                network(images)
+                seen += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if seen == 0:
+        raise UsageError(f"calibrate: saw no batch of the {n} asked for; check the data set and the batch size")
+    return seen
+
+
+@contextmanager
+def _modes_kept(network: nn.Module) -> Any:
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

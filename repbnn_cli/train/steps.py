@@ -1,0 +1,71 @@
+"""What a training step is made of: the loss, the optimiser, the average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d
+from repbnn_cli.train.recipes import Stage
+
+
+def loss_of(stage: Stage, logits: Tensor, labels: Tensor, lesson: Tensor | None) -> Tensor:
+    """(1 − w)·cross-entropy with label smoothing + w·T²·KL(teacher ‖ student); logits (N, classes), labels (N,)."""
+    weight, t = stage.distillation.weight, stage.distillation.temperature
+    if lesson is None or not weight:
+        return F.cross_entropy(logits, labels, label_smoothing=stage.label_smoothing)
+    taught = F.kl_div((logits / t).log_softmax(1), (lesson / t).log_softmax(1), reduction="batchmean", log_target=True)
+    taught = weight * t * t * taught
+    if weight == 1:
+        return taught
+    return taught + (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=stage.label_smoothing)
+
+
+def gate_penalty(stage: Stage, gated: Sequence[GatedConv2d]) -> Tensor | float:
+    """FracBNN's regulariser: weight · Σ ‖threshold − target‖² over the gated convolutions."""
+    if not gated or not stage.gates.weight:
+        return 0.0
+    return stage.gates.weight * torch.stack([(m.threshold - stage.gates.target).square().sum() for m in gated]).sum()
+
+
+def optimizer_for(network: nn.Module, stage: Stage, lr: Tensor) -> torch.optim.Optimizer:
+    """The stage's optimiser over the trainable parameters, kernels of convolutions with their own weight decay."""
+    made = stage.optimizer
+    kernels: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in network.modules():
+        name = module.kernel_name if isinstance(module, BinaryConv2d) else "weight"
+        for key, parameter in module.named_parameters(recurse=False):
+            # Foreign binary convolutions, too: a kernel is what a layer with a kernel_size calls its weight(s).
+            is_kernel = hasattr(module, "kernel_size") and key in (name, "weights")
+            if parameter.requires_grad and all(parameter is not p for p in (*kernels, *others)):
+                (kernels if is_kernel else others).append(parameter)
+    groups = [{"params": kernels, "weight_decay": made.weight_decay.kernels},
+              {"params": others, "weight_decay": made.weight_decay.others}]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    fused = True if lr.is_cuda else None  # on a GPU the only kind that takes the rate from the device
+    if made.name == "adam":
+        return torch.optim.Adam(groups, lr=lr, betas=made.betas, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=made.momentum, nesterov=made.nesterov, fused=fused)
+
+
+def averaged(network: nn.Module) -> dict[str, Tensor]:
+    """What an average is kept of: parameters and BatchNorm statistics; other buffers are not made to be averaged."""
+    parameters = {name for name, _ in network.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if name in parameters or name.endswith(("running_mean", "running_var"))
+    }
+
+
+@torch.no_grad()
+def copy_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors into the network's own, in place, so that an optimiser keeps its hold on them."""
+    if tensors:
+        own = network.state_dict()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
