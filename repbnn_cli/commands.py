@@ -15,6 +15,7 @@ from repbnn_cli import report as report_room
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
 from repbnn_cli import zoo as registry
+from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CheckpointError, UsageError, VerificationError
 from repbnn_cli.plan import Plan
 from repbnn_cli.recognize import recognize, type_names
@@ -41,7 +42,7 @@ def transform(
     if not dry_run:
         _check_output(output or target, force=force)
     src = source.from_checkpoint(path, **origin)
-    with source.running(src.model):
+    with running(src.model):
         plan = make_plan(src, rule_set)
         if dry_run:
             _show_plan(src, plan, as_json=as_json)

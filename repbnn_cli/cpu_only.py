@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -36,6 +37,16 @@ def cpu_only() -> Iterator[None]:
     finally:
         for holder, name, original in originals:
             setattr(holder, name, original)
+
+
+def is_foreign(model: nn.Module) -> bool:
+    """Whether any of its modules' code is neither torch's nor this package's."""
+    return any(not type(m).__module__.startswith(("torch.", "repbnn_cli.")) for m in model.modules())
+
+
+def running(model: nn.Module) -> AbstractContextManager[None]:
+    """`cpu_only` around foreign code, nothing around ours: it costs a little at every operation."""
+    return cpu_only() if is_foreign(model) else contextlib.nullcontext()
 
 
 def _substitutes() -> Iterator[tuple[Any, str, Any]]:

@@ -32,6 +32,7 @@ from torch import fx, nn
 
 import repbnn_cli
 from repbnn_cli import checkpoint, source, surgery
+from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.plan import Plan
@@ -133,7 +134,7 @@ def open_result(path: str | os.PathLike[str], model: ModelSource | None = None) 
     rules = loads(payload["rules"], name=f"rules stored in {Path(path).name}")
     network = source.capture(network_module, origin, rules)
     try:
-        with source.running(network_module):
+        with running(network_module):
             plan = surgery.plan(network, rules)
             module = surgery.apply(plan, state=payload["tensors"])
     except RuntimeError as error:  # load_state_dict: the stored tensors do not fit what the rules make now

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from repbnn_cli import checkpoint, graph, identify, user_model, zoo
 from repbnn_cli.checkpoint import Checkpoint
-from repbnn_cli.cpu_only import cpu_only
+from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
@@ -72,11 +71,6 @@ def is_trusted(model: nn.Module) -> bool:
     return all(
         type(m).__module__.startswith(("torch.nn.", "repbnn_cli.")) or any(m.children()) for m in model.modules()
     )
-
-
-def running(model: nn.Module) -> AbstractContextManager[None]:
-    """For running a network whose forward may say `.cuda()`: where there is no CUDA, that means the CPU meanwhile."""
-    return nullcontext() if is_trusted(model) else cpu_only()
 
 
 def from_checkpoint(

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, RBNNConv2d
 from repbnn_cli.channels import operator_name
-from repbnn_cli.cpu_only import cpu_only
+from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.plan import ModuleEdit, Plan, Step
@@ -32,13 +32,17 @@ from repbnn_cli.tracer import fetch
 _REP_BATCH_NORM = {nn.BatchNorm1d: RepBatchNorm1d, nn.BatchNorm2d: RepBatchNorm2d}
 
 
-@cpu_only()
 def plan(network: Network, rules: RuleSet) -> Plan:
     """What `rules` make of `network`, as values; changes nothing.
 
     Raises RulesError (a rule matches nothing, or two claim one module), UsageError (β does not divide a layer),
     SurgeryError (an operator or module that cannot carry expanded channels), each naming the place.
     """
+    with running(network.module):
+        return _plan(network, rules)
+
+
+def _plan(network: Network, rules: RuleSet) -> Plan:
     layers = recognize(network, rules.declare)
     if rules.options.beta == 1:  # the identity: nothing is repeated, so nothing is touched
         steps = {n.name: Step(n.name, None) for n in network.graph.nodes if n.op != "output"}
@@ -75,13 +79,17 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     return found
 
 
-@cpu_only()
 def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
     dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
     become the same tensor. state: take all tensors from this state dict of a Rep network instead of inheriting them.
     """
+    with running(plan.network.module):
+        return _apply(plan, state)
+
+
+def _apply(plan: Plan, state: Mapping[str, Tensor] | None) -> fx.GraphModule:
     source = plan.network.module
     edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.

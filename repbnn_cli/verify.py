@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.cpu_only import cpu_only
+from repbnn_cli.cpu_only import running
 from repbnn_cli.graph import unchanged
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
@@ -46,7 +46,6 @@ class Certificate:
         return [{"name": c.name, "passed": c.passed, "summary": c.summary, "values": c.values} for c in self.checks]
 
 
-@cpu_only()
 def verify(
     model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None = None
 ) -> Certificate:
@@ -55,6 +54,11 @@ def verify(
     gradients: also compare captured and source network in training mode, outputs and every parameter's gradient.
     batch: samples of the random input (default: as many as the capture used).
     """
+    with running(model):
+        return _verify(model, plan, rep, gradients=gradients, batch=batch)
+
+
+def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None) -> Certificate:
     network = plan.network
     like = next(iter(model.parameters()), torch.zeros(()))
     generator = torch.Generator(device=like.device).manual_seed(1)
