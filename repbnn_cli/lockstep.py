@@ -44,9 +44,13 @@ class StuckError(Exception):
 
 
 class Lockstep:
-    """Source network with merged kernels, and Rep network, node by node."""
+    """Source network with merged kernels, and Rep network, node by node.
 
-    def __init__(self, plan: Plan, rep: fx.GraphModule) -> None:
+    foreign: the source has somebody else's code. It is then not run beside the two graphs, because a forward that
+    writes to its own tensors would be seen by both; and values are handed on in place, because of views.
+    """
+
+    def __init__(self, plan: Plan, rep: fx.GraphModule, *, foreign: bool = False) -> None:
         self.plan, self.rep = plan, rep
         self.source_graph = plan.network.graph
         self.edits = {e.path: e for e in plan.edits}
@@ -68,11 +72,12 @@ class Lockstep:
         self.delta = float("inf")
         self._samples = 1
         # Where a forward calls convolutions as functions, its own code cannot be given the merged kernels.
-        self.partial = any(e.layout is not None for e in plan.edits)
+        self.partial = foreign or any(e.layout is not None for e in plan.edits)
+        self._foreign = foreign
         self._biases: dict[str, Tensor] = {}
 
     def run(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Any, Any]:
-        """Both outputs, the source graph's and the Rep network's.
+        """Both outputs: what the source graph lets expect (with all channels where it is expanded), the Rep network's.
 
         The source's own code runs at the same time, with the same merged kernels: whenever it reaches a changed
         convolution, both graphs are run up to there. So no kernel has to be kept, or computed twice.
@@ -96,13 +101,14 @@ class Lockstep:
                 eager = model(*inputs)
         self._advance(None)
         source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
-        outputs = (
-            fx.map_arg(source_out.args[0], self._source_value),
-            fx.map_arg(rep_out.args[0], lambda n: self._rep[n]),
-        )
         if not self.partial:
-            self.delta = difference(eager, outputs[0])
-        return outputs
+            self.delta = difference(eager, fx.map_arg(source_out.args[0], self._source_value))
+        return fx.map_arg(source_out.args[0], self._returned), fx.map_arg(rep_out.args[0], lambda n: self._rep[n])
+
+    def _returned(self, node: fx.Node) -> Any:
+        value, step = self._source_value(node), self.plan.steps.get(node.name)
+        expanded = step is not None and step.state is not None and isinstance(value, Tensor)
+        return torch.cat([value] * self.plan.beta, 1) if expanded else value
 
     def _advance(self, path: str | None) -> None:
         """Runs both graphs until a call of the module at `path` has been compared; None: to their ends."""
@@ -267,7 +273,8 @@ class Lockstep:
             for (tensor, _), wanted in zip(pairs, expected, strict=True):
                 self._record(source, tensor, wanted)
             self.compared += 1
-        self._rep[rep] = expected[0] if isinstance(actual, Tensor) else type(actual)(expected)
+        if not (self._foreign and _handed_on(actual, expected)):
+            self._rep[rep] = expected[0] if isinstance(actual, Tensor) else type(actual)(expected)
 
     def _record(self, node: fx.Node, actual: Tensor, wanted: Tensor) -> None:
         if actual.shape != wanted.shape:
@@ -310,6 +317,19 @@ class Lockstep:
         if isinstance(state, Tiled):
             return actual[:, [state.index.index(c) for c in range(channels)]]
         return actual.clone()
+
+
+def _handed_on(actual: Any, expected: list[Tensor]) -> bool:
+    """Writes the expected values into the tensors of `actual`, whose views then have them, too; False if it cannot."""
+    own = tensors_of(actual)
+    if any(a.shape != e.shape or a.dtype != e.dtype for a, e in zip(own, expected, strict=True)):
+        return False
+    try:
+        for a, e in zip(own, expected, strict=True):
+            a.copy_(e)
+    except RuntimeError:  # several elements in one place, as after `expand`
+        return False
+    return True
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
