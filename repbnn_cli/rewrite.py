@@ -19,7 +19,9 @@ from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.proxies import set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
-from repbnn_cli.walk import subject_of
+from repbnn_cli.static import evaluate, roots
+from repbnn_cli.tracer import fetch
+from repbnn_cli.walk import shape_text, subject_of
 
 __all__ = ["Rewriter", "subject_of"]
 
@@ -44,6 +46,7 @@ class Rewriter(ModuleWalk):
                 f"{len(self.by_position)} sums take differently ordered replicas as they come ({self.by_position[0]} "
                 "first; rules: `align: position`): behind them the replicas of a channel are no longer alike"
             )
+        self._follow_writes()
         self._repeat_in_convolutions()
         self.graph.lint()
 
@@ -77,6 +80,33 @@ class Rewriter(ModuleWalk):
         self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
 
     # -- afterwards --------------------------------------------------------------------------------------------------
+    def _follow_writes(self) -> None:
+        """`self.conv.weight.data = sign(self.latent)`: what a resized tensor is written from is resized like it."""
+        resized = {e.tensor_path(name): (e, recipe) for e in self.edits.values() for name, recipe in e.tensors}
+        for node in self.network.graph.nodes:
+            target, value = _written(node) if node in self._static else (None, None)
+            if target not in resized or value is None:
+                continue
+            edit, recipe = resized[target]
+            module = self.network.module
+            shape = fetch(module, target).shape
+            held = {str(r.target): fetch(module, str(r.target)).detach() for r in roots(value)}
+            made = {p: recipe(t) for p, t in held.items() if p not in (target, *resized) and t.shape == shape}
+            now = made | {p: resized[p][1](t) for p, t in held.items() if p in resized}
+            if evaluate(module, value, now).shape != recipe.result_shape(shape):
+                self._refuse(
+                    node,
+                    f"{target} is resized, and it is not known how what is written to it follows from "
+                    f"{', '.join(held)}",
+                    "compute it in the module that owns it",
+                )
+            for path in made:
+                new = shape_text(recipe.result_shape(shape))
+                self.edits[path] = replace(
+                    edit, path=path, role="per_channel", action="parameter", before=shape_text(tuple(shape)), after=new,
+                    tensors=((path.rpartition(".")[2], recipe),), channels=None, repeats=1, reset=False,
+                )  # fmt: skip
+
     def _repeat_in_convolutions(self) -> None:
         """Where nothing but its repeat uses a RepConv's output, the RepConv repeats by itself."""
         for node in list(self.graph.nodes):
@@ -115,3 +145,14 @@ def _is_pure(node: fx.Node) -> bool:
         module = getattr(node.target, "__module__", None) or "torch"
         return module.startswith(_PURE) and not is_write(node)
     return not is_write(node)
+
+
+def _written(node: fx.Node) -> tuple[Any, fx.Node | None]:
+    """(path of the parameter, value) of `parameter.data = value` and `parameter.data.copy_(value)`; else Nones."""
+    copies = node.target == "copy_" or node.target is set_data
+    if not copies or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        return None, None
+    at: Any = node.args[0]
+    while at.op != "get_attr" and at.target in (getattr, "detach"):
+        at = at.args[0]
+    return (str(at.target), node.args[1]) if at.op == "get_attr" else (None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import idioms
 import pytest
 import torch
 from merged_reference import assert_identical, both
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from repbnn_cli import verify
+from repbnn_cli import graph, rules, surgery, verify
 from repbnn_cli.rep_layers import RepMixin
 
 
@@ -211,3 +212,10 @@ def test_two_heads_are_both_last_layers() -> None:
     assert verify.verify(model, plan, rep, gradients=True).passed
     assert [t.shape[1] for t in rep(torch.randn(2, 3, 8, 8))] == [5, 7]
     assert {r.path for r in plan.rows() if r.part == "last_layer"} == {"fc", "aux"}
+
+
+def test_a_kernel_overwritten_from_a_latent_tensor_is_resized_with_it() -> None:
+    model = idioms.OverwrittenWeight().eval()
+    plan = surgery.plan(graph.capture(model, (3, 8, 8)), rules.load("reptran"))
+    certificate = verify.verify(model, plan, surgery.apply(plan), gradients=True)
+    assert certificate.passed, certificate.as_plain()
