@@ -261,12 +261,12 @@ def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_interrupt_exits_130(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from repbnn_cli import commands
+    from repbnn_cli.commands import costs
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "zoo", interrupted)
+    monkeypatch.setattr(costs, "zoo", interrupted)
     assert run(["zoo"]) == 130
 
 

@@ -1,0 +1,77 @@
+"""Arguments, help, exit codes and the one error boundary; imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+import repbnn_cli
+from repbnn_cli.cli import costs, surgery, training  # noqa: F401 — importing them registers their commands
+from repbnn_cli.cli.options import app
+from repbnn_cli.errors import RepbnnError
+
+__all__ = ["app", "main", "run"]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"repbnn {repbnn_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; the exit code. Errors become one line on stderr."""
+    debug = "--debug" in arguments
+    try:
+        result = app([a for a in arguments if a != "--debug"], prog_name="repbnn", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # `repbnn zoo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error, debug)
+
+
+def _explain(error: BaseException, debug: bool) -> int:
+    describe = getattr(error, "format_message", None)  # typer's usage errors; the class moved between its versions
+    if callable(describe):
+        context: Any = getattr(error, "ctx", None)
+        where = f" (see `{context.command_path} --help`)" if context else ""
+        print(f"error: {' '.join(describe().split())}{where}", file=sys.stderr)
+        return 2
+    if isinstance(error, RepbnnError):
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if not isinstance(error, Exception):
+        raise error
+    text = " ".join(str(error).split()) or "no further description"
+    hint = "" if debug else "; --debug shows where"
+    print(f"error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+    return 1
+
+
+def main() -> None:
+    """Entry point of `repbnn`."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""The applications that commands register with, and the options that several of them share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+HELP = """Model surgery and profiling for binary neural networks (RepBNN, arXiv 2207.09049).
+
+RepConv reshapes a kernel (O, I, k, k) to (O/β, I·β, k, k) and repeats its output β² times: more accurate, same
+convolution cost. Exit codes: 0 done, 2 wrong usage or rules, 3 cannot be loaded or captured, 4 a check failed,
+1 anything else, 130 interrupted. --debug, anywhere, shows tracebacks.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+rules_app = typer.Typer(help="The RepTran rule files: list, show, check.", no_args_is_help=True)
+app.add_typer(rules_app, name="rules")
+recipes_app = typer.Typer(help="The training recipes: list, show, check.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Arch = Annotated[str | None, typer.Option("--arch", help="Zoo name of the network, where several fit (`repbnn zoo`).")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Your own network: path/to/file.py:callable or package.module:callable.")
+]
+ModelArgs = Annotated[str | None, typer.Option("--model-args", help="""Its arguments, JSON: '{"num_classes": 10}'.""")]
+InputSize = Annotated[str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32.")]
+Key = Annotated[str | None, typer.Option("--key", help="Entry of the file that holds the state dict, e.g. ema.")]
+Unsafe = Annotated[
+    bool,
+    typer.Option("--unsafe-load", help="Unpickle the file as Python does, running code in it. Trusted files only."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Rules = Annotated[str | None, typer.Option("--rules", help="Rule file or shipped name (`repbnn rules list`).")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR (or an archive), digits."),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]

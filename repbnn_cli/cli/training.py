@@ -1,0 +1,146 @@
+"""The arguments of the training commands: finetune, calibrate, evaluate, data, recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from repbnn_cli.cli.options import Arch, Data, Device, Force, Json, Model, app, recipes_app
+
+
+@app.command()
+def finetune(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="Result, checkpoint, or zoo name (from scratch); the newest result if not given."),
+    ] = None,
+    data: Data = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe file or shipped name (`repbnn recipes`).")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Length of every stage instead of the recipe's.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the recipe, e.g. optimizer.lr=0.05.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of initialisation, shuffling and augmentation.")] = 0,
+    device: Device = "cpu",
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Folder of the run; runs/NAME-RECIPE-seedN.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder, exactly.")] = False,
+    distill: Annotated[
+        float, typer.Option("--distill", help="Weight of learning from the source network, 0 to 1.")
+    ] = 0.0,
+    calibrate: Annotated[
+        int, typer.Option("--calibrate", help="Batches for BatchNorm statistics before inherited weights are trained.")
+    ] = 50,
+    arch: Arch = None,
+    model: Model = None,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Processes that decode images from folders.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Train a network by its method's recipe.
+
+    \b
+    Examples:
+    repbnn finetune rep.repbnn.pt --data cifar10:DIR --epochs 60
+    repbnn finetune irnet_resnet20 --data digits --epochs 2
+    """
+    from repbnn_cli.commands import training
+
+    training.finetune(
+        target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], seed=seed, device=device, run_dir=run_dir,
+        resume=resume, distill=distill, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
+        workers=workers, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command("calibrate")
+def calibrate_command(
+    target: Annotated[str | None, typer.Argument(help="Result; the newest in checkpoints/ if not given.")] = None,
+    data: Data = None,
+    batches: Annotated[int, typer.Option("--batches", help="Training batches to look at.")] = 50,
+    device: Device = "cpu",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="NAME-calibrated.repbnn.pt if not given.")
+    ] = None,
+    force: Force = False,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Re-estimate BatchNorm statistics after a transform.
+
+    \b
+    Examples:
+    repbnn calibrate rep.repbnn.pt --data cifar10:DIR
+    """
+    from repbnn_cli.commands import training
+
+    training.calibrate(
+        target, data=data, batches=batches, device=device, output=output, force=force, model=model, as_json=as_json
+    )
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str | None, typer.Argument(help="Result or checkpoint; the newest result if not given.")] = None,
+    data: Data = None,
+    device: Device = "cpu",
+    arch: Arch = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on the test images.
+
+    \b
+    Examples:
+    repbnn evaluate rep.repbnn.pt --data cifar10:DIR
+    """
+    from repbnn_cli.commands import training
+
+    training.evaluate(target, data=data, device=device, arch=arch, model=model, as_json=as_json)
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")],
+    folder: Annotated[
+        str | None, typer.Option("--folder", help="Where to put it; a cache folder if not given.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Another place to get the official archive from.")] = None,
+) -> None:
+    """Download a data set, resuming and checking it.
+
+    \b
+    Examples:
+    repbnn data cifar10
+    """
+    from repbnn_cli.commands import training
+
+    training.fetch_data(name, folder=folder, url=url)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """The shipped recipes."""
+    from repbnn_cli.commands import training
+
+    training.recipes_list(as_json=as_json)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
+    """A recipe with all its values."""
+    from repbnn_cli.commands import training
+
+    training.recipes_show(name)
+
+
+@recipes_app.command("check")
+def recipes_check(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
+    """Whether a recipe file is valid."""
+    from repbnn_cli.commands import training
+
+    training.recipes_check(name)

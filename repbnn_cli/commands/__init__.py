@@ -1,0 +1,1 @@
+"""What each command does, by calling the rooms; one module per group of commands, `targets` for what they share."""

@@ -1,0 +1,76 @@
+"""`repbnn inspect`: what is in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from repbnn_cli import checkpoint, identify, result, views
+from repbnn_cli.errors import CheckpointError
+
+
+def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_json: bool) -> None:
+    """What is in a file, and which network it belongs to; exit code 3 when it fits none."""
+    file = checkpoint.load(path, key=key, unsafe=unsafe)
+    stored = _stored(path, file)
+    found: identify.Identified | None = None
+    problem: CheckpointError | None = None
+    if stored is None:
+        try:
+            found = identify.resolve(file, arch)
+        except CheckpointError as error:
+            problem = error
+    accuracy = file.accuracy
+    values = {
+        "file": str(file.path),
+        "sha256": file.sha256,
+        "bytes": file.size_bytes,
+        "format": file.format,
+        "state dict under": file.container or None,
+        "prefix taken off": file.prefix or None,
+        "tensors": len(file.tensors),
+        "values": sum(t.numel() for t in file.tensors.values()),
+        "dtypes": file.dtypes,
+        "stated accuracy": {"top1": accuracy.percent, "key": accuracy.key} if accuracy else None,
+        "metadata": {} if stored else file.metadata,
+        "notes": list(file.notes),
+        "network": found.arch if found else (stored or {}).get("source", {}).get("arch"),
+        "classes": found.num_classes if found else None,
+        "because": found.reason if found else None,
+        "fits as well": list(found.alternatives) if found else [],
+        "result of transform": {k: stored[k] for k in ("options", "rules_name", "certificate", "source")}
+        if stored
+        else None,
+    }
+    if as_json:
+        views.print_json(values | {"problem": str(problem) if problem else None})
+    else:
+        views.console().print(views.facts(_readable(values)))
+    if problem is not None:
+        raise problem
+
+
+def _stored(path: str, file: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    is_result = file.payload is not None or "repbnn" in file.metadata
+    return result.read_payload(path) if is_result else None
+
+
+def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    for label, value in values.items():
+        if label == "result of transform" and value:
+            options = value["options"]
+            passed = all(c["passed"] for c in value["certificate"])
+            yield (
+                "result of transform",
+                f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}",
+            )
+            yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
+            yield "certificate", "passed" if passed else "FAILED"
+        elif isinstance(value, dict) and value:
+            yield label, ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            yield label, "; ".join(map(str, value))
+        elif isinstance(value, int):
+            yield label, f"{value:,}"
+        else:
+            yield label, value

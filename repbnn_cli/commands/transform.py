@@ -1,0 +1,122 @@
+"""`repbnn transform`: load, capture, plan, apply, verify, write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repbnn_cli import result, source, surgery, views
+from repbnn_cli import rules as rulebook
+from repbnn_cli import verify as checks
+from repbnn_cli.commands import targets
+from repbnn_cli.cpu_only import running
+from repbnn_cli.errors import UsageError, VerificationError
+from repbnn_cli.plan import Plan
+from repbnn_cli.recognize import type_names
+from repbnn_cli.rules import RuleSet
+from repbnn_cli.source import Source
+from repbnn_cli.verify import Certificate
+
+DEFAULT_RULES = "reptran"
+
+
+def transform(
+    path: str, *, beta: int | None, rules: str | None, inherit: str | None, last_layer: str | None, output: str | None,
+    slim: bool, verify: str, dry_run: bool, force: bool, as_json: bool, **origin: Any,
+) -> None:  # fmt: skip
+    """Checkpoint → plan → Rep network → certificate → file."""
+    if verify not in ("auto", "full", "quick"):
+        raise UsageError(f"--verify {verify}: expected auto, full or quick")
+    rule_set = rulebook.load(rules or DEFAULT_RULES).with_options(beta, inherit, last_layer)
+    target = Path(output) if output else source.default_output(path, rule_set.options.beta)
+    if not dry_run:
+        targets.check_output(output or target, force=force)
+    src = source.from_checkpoint(path, **origin)
+    with running(src.model):
+        plan = make_plan(src, rule_set)
+        if dry_run:
+            _show_plan(src, plan, as_json=as_json)
+            return
+        rep = surgery.apply(plan)
+        certificate = certify(src, plan, rep, mode=verify)
+    payload = result.payload_of(src, plan, rep, certificate, slim=slim)
+    if certificate.passed:
+        if output is None:
+            target.parent.mkdir(exist_ok=True)
+        result.save(payload, target, force=force)
+    _show_transform(src, plan, certificate, target, as_json=as_json)
+    if not certificate.passed:
+        failed = ", ".join(c.name for c in certificate.checks if not c.passed)
+        raise VerificationError(f"{path}: check failed: {failed}; nothing was written")
+
+
+def make_plan(src: Source, rules: RuleSet) -> Plan:
+    """Capture and plan; declarations of the rule file that match no module are an error."""
+    network = source.capture(src.model, src.origin, rules)
+    known = [(path, type_names(m)) for path, m in src.model.named_modules() if path]
+    rules.check_declared((), known)
+    return surgery.plan(network, rules)
+
+
+def certify(src: Source, plan: Plan, rep: torch.fx.GraphModule, *, mode: str) -> Certificate:
+    """All checks; one sample is enough where images are large and no layer is foreign."""
+    full = mode == "full" or (mode == "auto" and not src.trusted)
+    large = torch.Size(src.origin.input_shape[0]).numel() > 50_000
+    return checks.verify(src.model, plan, rep, gradients=full, batch=1 if large and not full else None)
+
+
+def _show_plan(src: Source, plan: Plan, *, as_json: bool) -> None:
+    rows = plan.rows()
+    if as_json:
+        views.print_json(_plain_plan(src, plan))
+        return
+    out = views.console()
+    _headline(src, plan)
+    out.print(views.plan_table(rows))
+    out.print()
+    out.print(views.plan_details(rows))
+    out.print()
+    for line in views.rule_places(rows):
+        out.print(line)
+    views.say(*_notes(plan), "dry run: nothing was changed or written")
+
+
+def _show_transform(src: Source, plan: Plan, certificate: Certificate, target: Path, *, as_json: bool) -> None:
+    if as_json:
+        passed = certificate.passed
+        outcome = {"certificate": certificate.as_plain(), "passed": passed, "output": str(target) if passed else None}
+        views.print_json(_plain_plan(src, plan) | outcome)
+        return
+    out = views.console()
+    _headline(src, plan)
+    out.print(views.plan_table(plan.rows()))
+    out.print()
+    out.print(views.certificate_table(certificate.as_plain()))
+    views.say(*_notes(plan))
+    if certificate.passed:
+        views.say(f"wrote {target}; next: repbnn profile, repbnn report --markdown")
+
+
+def _plain_plan(src: Source, plan: Plan) -> dict[str, Any]:
+    return {
+        "network": src.origin.name,
+        "identified": src.reason,
+        "rules": plan.rules.name,
+        "options": targets.options_of(plan.rules),
+        "plan": [row.as_plain() for row in plan.rows()],
+        "notes": [*plan.notes, *plan.network.notes],
+    }
+
+
+def _notes(plan: Plan) -> list[str]:
+    return [f"note: {n}" for n in (*plan.notes, *plan.network.notes)]
+
+
+def _headline(src: Source, plan: Plan) -> None:
+    options = plan.rules.options
+    views.console().print(
+        f"{src.origin.name} → RepBNN, β = {options.beta}, rules {plan.rules.name}, inherit {options.inherit}, "
+        f"last layer {options.last_layer}\n{src.reason}\n"
+    )
