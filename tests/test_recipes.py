@@ -38,9 +38,9 @@ def origin(arch: str | None, model: str | None = None) -> Origin:
 # Shipped files
 
 
-def test_there_is_one_file_per_row_of_the_table() -> None:
+def test_there_is_one_file_per_row_of_the_table_and_one_for_other_networks() -> None:
     listed = recipes.names()
-    assert set(listed) == set(TABLE) | set(TWO_STAGES)
+    assert set(listed) == {*TABLE, *TWO_STAGES, "own-network"}
     assert all(listed.values())
 
 
@@ -91,8 +91,7 @@ def test_every_network_of_the_zoo_has_one_default_recipe_for_its_data() -> None:
         recipe = recipes.for_network(origin(arch.name))
         assert sum(arch.name in recipes.load(name).header.networks for name in recipes.names()) == 1
         assert ("imagenet" in recipe.header.data) == (arch.data == "ImageNet")
-    with pytest.raises(UsageError, match=r"^net\.py:make: has no default recipe; name one with --recipe: adambnn-"):
-        recipes.for_network(origin(None, "net.py:make"))
+    assert recipes.for_network(origin(None, "net.py:make")).name == "own-network"
 
 
 def test_the_published_accuracies_are_those_of_the_paper() -> None:

@@ -38,6 +38,35 @@ def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixtu
     assert run(["profile", best, "--json"]) == 0
 
 
+def test_a_network_of_the_users_is_trained_transformed_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(8, 10))\n"
+    )
+    torch.save({"state_dict": _tiny().state_dict()}, "start.pt")
+    own = ["--model", "tiny.py:make"]
+    assert run(["finetune", "start.pt", *own, *QUICK, "--set", "mean=[0.5, 0.5, 0.5]", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "recipe own-network" in shown.err
+    outcome = json.loads(shown.out)
+    # Measured with the run's own preprocessing, though nothing on the command line says so: mean 0.5 would be lost.
+    assert run(["evaluate", outcome["best"], *own, "--data", "digits", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["top1"] == pytest.approx(outcome["best_top1"])
+    assert run(["evaluate", outcome["best"], *own, "--data", "digits", "--recipe", "own-network", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(evaluated["loss"])
+
+
+def _tiny() -> torch.nn.Module:
+    layers = (torch.nn.Conv2d(3, 8, 3, 4), torch.nn.BatchNorm2d(8), torch.nn.AdaptiveAvgPool2d(1))
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(8, 10))
+
+
 def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run(["calibrate", str(rep), "--data", "digits", "--batches", "2", "--json"]) == 0
@@ -78,4 +107,4 @@ def test_recipes_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
     for name in names:
         assert run(["recipes", "check", name]) == 0
-    assert len(names) == 12
+    assert len(names) == 13

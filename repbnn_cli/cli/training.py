@@ -61,6 +61,9 @@ def finetune(
 def calibrate_command(
     target: Annotated[str | None, typer.Argument(help="Result; the newest in checkpoints/ if not given.")] = None,
     data: Data = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
+    ] = None,
     batches: Annotated[int, typer.Option("--batches", help="Training batches to look at.")] = 50,
     device: Device = "cpu",
     output: Annotated[
@@ -79,7 +82,15 @@ def calibrate_command(
     from repbnn_cli.commands import training
 
     training.calibrate(
-        target, data=data, batches=batches, device=device, output=output, force=force, model=model, as_json=as_json
+        target,
+        data=data,
+        recipe=recipe,
+        batches=batches,
+        device=device,
+        output=output,
+        force=force,
+        model=model,
+        as_json=as_json,
     )
 
 
@@ -87,6 +98,9 @@ def calibrate_command(
 def evaluate(
     target: Annotated[str | None, typer.Argument(help="Result or checkpoint; the newest result if not given.")] = None,
     data: Data = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
+    ] = None,
     device: Device = "cpu",
     arch: Arch = None,
     model: Model = None,
@@ -100,7 +114,7 @@ def evaluate(
     """
     from repbnn_cli.commands import training
 
-    training.evaluate(target, data=data, device=device, arch=arch, model=model, as_json=as_json)
+    training.evaluate(target, data=data, recipe=recipe, device=device, arch=arch, model=model, as_json=as_json)
 
 
 @app.command()

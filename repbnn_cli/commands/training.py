@@ -19,16 +19,21 @@ from repbnn_cli.source import Origin
 from repbnn_cli.train import engine, feeds, measure, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder, open_data
 from repbnn_cli.train.download import download
+from repbnn_cli.train.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class Pupil:
-    """A network to train or measure. opened: the result file it came from; name: for folders and messages."""
+    """A network to train or measure. opened: the result file it came from; name: for folders and messages.
+
+    trained_by: the text of the recipe that its weights come from, where the file holds it.
+    """
 
     name: str
     network: nn.Module
     origin: Origin
     opened: result.Result | None = None
+    trained_by: str | None = None
 
     @property
     def beta(self) -> int | None:
@@ -49,6 +54,8 @@ def finetune(
     torch.manual_seed(seed)
     pupil = _pupil(target, arch=arch, model=model)
     chosen = recipes.load(recipe, pupil.origin.arch) if recipe else recipes.for_network(pupil.origin)
+    if recipe is None:
+        views.say(f"recipe {chosen.name}: {chosen.header.summary}")
     if distill:
         if pupil.opened is None or not pupil.opened.payload["source_tensors"]:
             raise UsageError("--distill: the teacher is the source network in a result file (one not made with --slim)")
@@ -79,20 +86,27 @@ def finetune(
 
 
 def evaluate(
-    target: str | None, *, data: str | None, device: str, arch: str | None, model: str | None, as_json: bool
+    target: str | None,
+    *,
+    data: str | None,
+    recipe: str | None,
+    device: str,
+    arch: str | None,
+    model: str | None,
+    as_json: bool,
 ) -> None:
     """Accuracy and loss on the test images."""
     pupil = _pupil(target, arch=arch, model=model)
     if pupil.opened is None and target in registry.ARCHS:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
     dataset = _data(data, pupil.origin)
-    found = _measured(pupil, dataset, device)
+    found = _measured(pupil, _recipe(pupil, recipe), dataset, device)
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
 
 
 def calibrate(
-    target: str | None, *, data: str | None, batches: int, device: str, output: str | None, force: bool,
-    model: str | None, as_json: bool,
+    target: str | None, *, data: str | None, recipe: str | None, batches: int, device: str, output: str | None,
+    force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Re-estimate the BatchNorm statistics of a result on training images, and write it again."""
     path = Path(target) if target else result.newest()
@@ -104,10 +118,11 @@ def calibrate(
     if pupil.opened is None:
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
     dataset = _data(data, pupil.origin)
-    feed = feeds.open_feed(dataset, recipes.for_network(pupil.origin).header, seed=0, device=torch.device(device))
+    chosen = _recipe(pupil, recipe)
+    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=torch.device(device))
     pupil.network.to(device)
     used = measure.calibrate(pupil.network, feed.train.epoch(0), batches)
-    found = _measured(pupil, dataset, device)
+    found = _measured(pupil, chosen, dataset, device)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     about = {"calibrated_batches": used, "data": dataset.name, "data_fingerprint": dataset.fingerprint,
              "data_notes": list(dataset.notes), "top1": found.top1}  # fmt: skip
@@ -158,9 +173,10 @@ def _pupil(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
     name = path.name.split(".")[0]
     if result.is_result(path):
         opened = result.open_result(path, model)
-        return Pupil(name, opened.module, opened.origin, opened)
+        return Pupil(name, opened.module, opened.origin, opened, opened.payload.get("training", {}).get("recipe_text"))
     src = source.from_checkpoint(target, arch=arch, model=model)
-    return Pupil(name, src.model, src.origin)
+    trained_by = src.file.metadata.get("recipe_text") if src.file else None
+    return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None)
 
 
 def _data(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
@@ -174,8 +190,17 @@ def _data(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
     return found
 
 
-def _measured(pupil: Pupil, dataset: Dataset | ImageFolders, device: str) -> measure.Evaluation:
-    header = recipes.for_network(pupil.origin).header
+def _recipe(pupil: Pupil, named: str | None) -> Recipe:
+    """Whose preprocessing to measure with: the recipe named, else the one it was trained by, else its default."""
+    if named is not None:
+        return recipes.load(named, pupil.origin.arch)
+    if pupil.trained_by is not None:
+        return recipes.loads(pupil.trained_by, f"{pupil.name}'s recipe")
+    return recipes.for_network(pupil.origin)
+
+
+def _measured(pupil: Pupil, recipe: Recipe, dataset: Dataset | ImageFolders, device: str) -> measure.Evaluation:
+    header = recipe.header
     if isinstance(dataset, Dataset):
         header = header.model_copy(update={"augmentation": "none"})
     images = feeds.eval_images(dataset, header, device=torch.device(device))

@@ -122,12 +122,12 @@ def loads(text: str, file: str) -> Recipe:
 
 
 def for_network(origin: Origin) -> Recipe:
-    """The default recipe of a network of the zoo, its Rep network included; UsageError when there is none."""
+    """The default recipe: the one that lists the network of the zoo (its Rep network included), else `own-network`."""
     for name in _shipped():
         recipe = load(name)
         if origin.arch is not None and origin.arch in recipe.header.networks:
             return recipe
-    raise UsageError(f"{origin.name}: has no default recipe; name one with --recipe: {', '.join(_shipped())}")
+    return load("own-network")
 
 
 def _shipped() -> dict[str, Traversable]:
