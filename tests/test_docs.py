@@ -1,0 +1,69 @@
+"""The documentation runs: its code blocks, its commands (with one epoch instead of eight), and what is generated."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from repbnn_cli.cli import run
+from repbnn_cli.rule_models import schema
+from repbnn_cli.rule_reference import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+
+
+def blocks(page: str) -> list[str]:
+    return BLOCK.findall((ROOT / "docs" / page).read_text("utf-8"))
+
+
+def test_the_rule_reference_is_the_models() -> None:
+    assert (ROOT / "docs" / "rule-reference.md").read_text("utf-8") == reference()
+
+
+def test_the_explained_rule_language_names_every_key() -> None:
+    explained = (ROOT / "rules" / "README.md").read_text("utf-8")
+    keys = {key for model in (schema(), *schema()["$defs"].values()) for key in model["properties"]}
+    assert {key for key in keys if f"`{key}`" not in explained} == {"channels", "axis"}  # of per_channel, in its row
+    assert "{channels: out, axis: 0}" in explained
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("rules/**/*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
+        if not (page.parent / link).exists()
+    ]
+    assert broken == []
+
+
+def test_the_python_pages_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    names: dict[str, object] = {}
+    for block in blocks("python-api.md"):
+        exec(compile(block, "docs/python-api.md", "exec"), names)
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    network, start, load = blocks("tutorial.md")
+    (tmp_path / "net.py").write_text(network)
+    exec(compile(start, "start.py", "exec"), {})
+    page = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    commands = re.findall(r"^    repbnn (.+)$", page, re.M)
+    assert len(commands) == 7
+    for command in commands:
+        quick = command.replace("--epochs 8", "--epochs 1").replace("batch=32", "batch=256")
+        assert run(shlex.split(quick)) == 0, command
+    assert "certificate | passed" in (tmp_path / "REPORT.md").read_text("utf-8")
+    exec(compile(load, "docs/tutorial.md", "exec"), {})
+    sys.modules.pop("net", None)
