@@ -26,7 +26,8 @@ from repbnn_cli.train.recipes import Recipe
 class Pupil:
     """A network to train or measure. opened: the result file it came from; name: for folders and messages.
 
-    trained_by: the text of the recipe that its weights come from, where the file holds it.
+    trained_by: the text of the recipe that its weights come from, where the file holds it. target: as it was named;
+    sha256: of that file; source_top1: what the source checkpoint states, in percent.
     """
 
     name: str
@@ -34,6 +35,9 @@ class Pupil:
     origin: Origin
     opened: result.Result | None = None
     trained_by: str | None = None
+    target: str | None = None
+    sha256: str | None = None
+    source_top1: float | None = None
 
     @property
     def beta(self) -> int | None:
@@ -43,6 +47,11 @@ class Pupil:
     def inherited(self) -> bool:
         """Whether weights were carried over by a transform, so that BatchNorm statistics do not fit them."""
         return self.opened is not None and self.opened.payload["options"]["inherit"] != "none"
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of it: `engine.finetune`'s about."""
+        return {"name": self.name, "arch": self.origin.arch, "model": self.origin.model, "beta": self.beta,
+                "target": self.target, "sha256": self.sha256, "source_top1": self.source_top1}  # fmt: skip
 
 
 def finetune(
@@ -70,9 +79,9 @@ def finetune(
         calibrate=calibrate if pupil.inherited else 0,
         options=engine.Options(save_every=save_every, workers=workers),
         package=(lambda tensors, about: result.with_tensors(opened.payload, tensors, about)) if opened else None,
-        on_step=_progress(), on_epoch=_epoch_line,
+        about=pupil.facts(), on_step=_progress(), on_epoch=_epoch_line,
     )  # fmt: skip
-    distance = recipes.distance(chosen, pupil.origin.arch, pupil.beta, outcome.best_top1)
+    distance = recipes.distance(chosen.stages[-1], pupil.origin.arch, pupil.beta, outcome.best_top1)
     notes = [*dataset.notes, *outcome.notes, *([distance] if distance else [])]
     if as_json:
         views.print_json({"top1": outcome.top1, "best_top1": outcome.best_top1, "best_epoch": outcome.best_epoch,
@@ -169,14 +178,20 @@ def _pupil(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
         if target not in registry.ARCHS:
             registry.build(target)  # says which names are near
         origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
-        return Pupil(target, registry.build(target), origin)
+        return Pupil(target, registry.build(target), origin, target=target)
     name = path.name.split(".")[0]
     if result.is_result(path):
         opened = result.open_result(path, model)
-        return Pupil(name, opened.module, opened.origin, opened, opened.payload.get("training", {}).get("recipe_text"))
+        payload = opened.payload
+        stated = (payload["source"]["accuracy"] or {}).get("top1")
+        return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
+                     target, payload["sha256"], stated)  # fmt: skip
     src = source.from_checkpoint(target, arch=arch, model=model)
     trained_by = src.file.metadata.get("recipe_text") if src.file else None
-    return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None)
+    known = src.file.accuracy if src.file else None
+    return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,
+                 target=target, sha256=src.file.sha256 if src.file else None,
+                 source_top1=known.percent if known else None)  # fmt: skip
 
 
 def _data(spec: str | None, origin: Origin) -> Dataset | ImageFolders:

@@ -95,6 +95,7 @@ def finetune(
     calibrate: int = 0,
     options: Options | None = None,
     package: Package | None = None,
+    about: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Outcome:
@@ -104,6 +105,7 @@ def finetune(
     be those of its beginning. teacher: the network to distil from. calibrate: training batches over which BatchNorm
     statistics are estimated anew before the first step, 0 for none; the accuracy after that is epoch 0 of the metrics.
     package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
+    about: what the run's record says of the network, plain values: name, arch, beta, target, sha256, source_top1.
 
     Raises UsageError (arguments that do not fit each other, another run in run_dir), DivergedError, and StoppedError
     after SIGINT or SIGTERM, once the state is saved.
@@ -130,7 +132,8 @@ def finetune(
         "channels_last": options.channels_last,
         "autocast": options.autocast,
     }
-    environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options)}
+    environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
+                   **state.record_of(recipe, about or {}, len(feed.train))}  # fmt: skip
     with ExitStack() as stack:
         run = stack.enter_context(Run(run_dir, keep=options.keep))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -339,7 +342,7 @@ class _Trainer:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _epochs(self, stage: Stage) -> int:
-        return stage.epochs if stage.unit == "epochs" else math.ceil(stage.iterations / len(self.feed.train))
+        return stage.length(len(self.feed.train))
 
     def _batches(self, stage: Stage, epoch: int) -> int:
         batches = len(self.feed.train)

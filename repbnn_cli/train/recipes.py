@@ -7,6 +7,7 @@ every key written out in every stage, and loads again as the same recipe.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,18 @@ class Stage(Settings):
     def total(self) -> int:
         """Length in that unit."""
         return self.epochs if self.epochs is not None else self.iterations
+
+    def length(self, batches: int) -> int:
+        """Length in epochs of so many batches; one in iterations ends within its last epoch."""
+        return self.epochs if self.epochs is not None else math.ceil(self.iterations / batches)
+
+    def stated(self, arch: str | None, beta: int | None) -> tuple[float, str] | None:
+        """The published top-1 in percent after this stage, and its table; beta None for a source network."""
+        found = self.published.get(arch or "")
+        if found is None or beta not in (None, 2):
+            return None
+        value = found.raw if beta is None else found.rep
+        return None if value is None else (value, found.table)
 
 
 @dataclass(frozen=True)
@@ -204,14 +217,14 @@ def check_data(recipe: Recipe, data: str) -> None:
         )
 
 
-def distance(recipe: Recipe, arch: str | None, beta: int | None, top1: float) -> str | None:
-    """How far a top-1 accuracy in percent is from the published one; beta None for a source network."""
-    stated = recipe.published(arch)
-    value = None if stated is None or beta not in (None, 2) else stated.raw if beta is None else stated.rep
-    if stated is None or value is None:
+def distance(stage: Stage, arch: str | None, beta: int | None, top1: float) -> str | None:
+    """How far a top-1 in percent is from what is published after a stage; None where nothing is. See `Stage.stated`."""
+    stated = stage.stated(arch, beta)
+    if stated is None:
         return None
+    value, table = stated
     way = "above" if top1 > value else "below"
-    return f"{top1:.2f} % top-1, {abs(top1 - value):.2f} points {way} the published {value} % ({stated.table})"
+    return f"{top1:.2f} % top-1, {abs(top1 - value):.2f} points {way} the published {value} % ({table})"
 
 
 def _assignment(text: str) -> tuple[list[str], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A run on disk: its folder, lock, fingerprint, states to resume from, and metrics that never run ahead of a state.
 
     RUN/recipe.yaml          the resolved recipe
-    RUN/environment.json     versions, hardware, command, seed, data set and its notes
+    RUN/environment.json     versions, hardware, command, seed, data set and its notes, the network that was trained,
+                             and each stage with its length and published accuracy: what `runs.read` needs
     RUN/run.json             the fingerprint: what has to be the same for a state to be resumed
     RUN/metrics.jsonl, .csv  one row per epoch; the same bytes however often the run was interrupted
     RUN/timing.jsonl         seconds and images per second of each epoch, which no two runs share
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
+from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
 FORMAT, VERSION = "repbnn-run", 1
@@ -183,6 +185,15 @@ class Run:
             raise RepbnnError(
                 f"{self.path / name}: writing failed ({error.strerror}); earlier states are intact, resume from them"
             ) from error
+
+
+def record_of(recipe: Recipe, network: Mapping[str, Any], batches: int) -> dict[str, Any]:
+    """What environment.json says of the run itself, for `runs.read`; network: see `engine.finetune`'s about."""
+    stages = []
+    for stage in recipe.stages:
+        value, table = stage.stated(network.get("arch"), network.get("beta")) or (None, None)
+        stages.append({"name": stage.name, "epochs": stage.length(batches), "published": value, "table": table})
+    return {"recipe": recipe.name, "network": dict(network), "stages": stages}
 
 
 def structure_of(network: nn.Module) -> str:

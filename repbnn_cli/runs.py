@@ -1,0 +1,173 @@
+"""A training run read back from its folder, for reports: plain values, no torch. What writes it is `train/state.py`.
+
+`read(folder)` works on a run at any moment, also while it is being written: a row that is only half there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repbnn_cli.errors import CheckpointError, UsageError
+
+RECORD, ENVIRONMENT, RECIPE, METRICS, TIMING = (
+    "run.json", "environment.json", "recipe.yaml", "metrics.jsonl", "timing.jsonl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage of the recipe. published: the top-1 in percent that a paper states for this network after it; table:
+    where it stands."""
+
+    name: str
+    epochs: int
+    published: float | None = None
+    table: str | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run is and what it has reached; accuracies in percent.
+
+    network: the name to call it by; arch: its zoo name; beta: None for a source network; target: the file or zoo name
+    that was trained, start_sha256 the file's hash; source_top1: what the source checkpoint states, before the
+    transform. rows: one per epoch as in metrics.jsonl, epoch 0 being the accuracy before the first step where that was
+    measured; timing: seconds and images_per_s of the same epochs. best_*, last_top1: of the last stage that has a row.
+    environment: everything that environment.json holds.
+    """
+
+    path: Path
+    network: str
+    arch: str | None
+    beta: int | None
+    target: str | None
+    start_sha256: str | None
+    source_top1: float | None
+    recipe: str
+    recipe_text: str
+    seed: int
+    data: str
+    data_notes: tuple[str, ...]
+    stages: tuple[StageRecord, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    timing: tuple[Mapping[str, Any], ...]
+    best_top1: float | None
+    best_epoch: int | None
+    last_top1: float | None
+    finished: bool
+    state: str
+    environment: Mapping[str, Any]
+
+    @property
+    def epochs(self) -> int:
+        """Of all stages together."""
+        return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def stage(self) -> StageRecord | None:
+        """The last stage that has a row; the one that best_top1 is of."""
+        reached = self.rows[-1]["stage"] if self.rows else None
+        return next((stage for stage in self.stages if stage.name == reached), None)
+
+    @property
+    def distance(self) -> float | None:
+        """best_top1 minus the published accuracy of its stage, in points; None where nothing is published."""
+        stage = self.stage
+        if stage is None or stage.published is None or self.best_top1 is None:
+            return None
+        return self.best_top1 - stage.published
+
+
+def read(folder: str | os.PathLike[str]) -> RunRecord:
+    """The run in a folder. Raises UsageError where there is none, CheckpointError where a file of it is damaged."""
+    path = Path(folder)
+    if not (path / RECORD).is_file():
+        raise UsageError(
+            f"{path}: holds no run ({RECORD} is not there); expected a folder that `repbnn finetune` wrote"
+        )
+    environment = _object(path / ENVIRONMENT)
+    about = environment.get("network") or {}
+    rows = _rows(path / METRICS)
+    stages = tuple(StageRecord(**stage) for stage in environment.get("stages", ()))
+    measured = [row for row in rows if row["epoch"] and row["stage"] == rows[-1]["stage"]]
+    best = max(measured, key=lambda row: row["test_top1"], default=None)  # the first of equals, as best.pt is
+    finished = (path / "checkpoints" / "last.pt").is_file()
+    return RunRecord(
+        path=path,
+        network=about.get("name") or path.name,
+        arch=about.get("arch"),
+        beta=about.get("beta"),
+        target=about.get("target"),
+        start_sha256=about.get("sha256"),
+        source_top1=about.get("source_top1"),
+        recipe=environment.get("recipe") or "",
+        recipe_text=_text(path / RECIPE),
+        seed=environment["seed"],
+        data=environment["data"],
+        data_notes=tuple(environment.get("data_notes", ())),
+        stages=stages,
+        rows=rows,
+        timing=_rows(path / TIMING),
+        best_top1=best["test_top1"] if best else None,
+        best_epoch=best["epoch"] if best else None,
+        last_top1=measured[-1]["test_top1"] if measured else None,
+        finished=finished,
+        state="finished" if finished else _unfinished(path, stages),
+        environment=environment,
+    )
+
+
+def folder_of(checkpoint: str | os.PathLike[str]) -> Path | None:
+    """The run that a file is of: RUN for RUN/checkpoints/best.pt; None for files from elsewhere."""
+    place = Path(os.path.abspath(checkpoint)).parents[1]
+    return place if (place / RECORD).is_file() else None
+
+
+def _unfinished(path: Path, stages: tuple[StageRecord, ...]) -> str:
+    """Where the last state stands: the steps after it are lost when the run is not running any more."""
+    positions = []
+    for file in (path / "checkpoints").glob("state-*.pt"):
+        numbers = file.stem.split("-")[1:]
+        if all(number.isdigit() for number in numbers) and len(numbers) == 3:
+            positions.append([int(number) for number in numbers])
+    if not positions:
+        return "unfinished: no state saved yet"
+    stage, epoch, batch = max(positions)
+    if stage >= len(stages):
+        return "unfinished: all epochs done, not written out"
+    step = f", batch {batch + 1}" if batch else ""
+    return f"unfinished: goes on at stage {stages[stage].name}, epoch {epoch + 1} of {stages[stage].epochs}{step}"
+
+
+def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.exists():
+        return ()
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(keepends=True), 1):
+        if not line.endswith("\n"):  # being written, or a killed run was in the middle of it
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise CheckpointError(f"{path}:{number}: is not JSON; the run's folder was changed or damaged") from None
+    return tuple(rows)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}:{error.lineno}: is not JSON; the run's folder was changed or damaged") from None
+    return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the run's folder is incomplete") from None
