@@ -1,0 +1,90 @@
+"""Which backend the binary operators run on; importing this package imports no Triton.
+
+| file | owns |
+| --- | --- |
+| packing.py | the layout of packed bits, and packing and unpacking in plain torch |
+| reference.py | every operator in plain torch: exact, on any device |
+
+Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for
+tests. A file with Triton kernels imports Triton at its top, so it is imported only once `choose` has said "triton".
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import torch
+
+from repbnn_cli.errors import UsageError
+
+BACKENDS = ("auto", "torch", "triton")
+OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)  # int8 and binary tensor cores, as the kernels use them
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs the binary operators. why: half a sentence for the user, e.g. "asked for"."""
+
+    name: Literal["torch", "triton"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+def choose(device: torch.device, requested: str = "auto") -> Backend:
+    """The backend for tensors on `device`; a UsageError where Triton is asked for and cannot run there.
+
+    auto means torch: the Triton kernels are tested in the interpreter and compiled, but nobody has timed them on a GPU
+    yet, and what has not been measured is not chosen for the user.
+    """
+    if requested not in BACKENDS:
+        raise UsageError(f"--backend: unknown value '{requested}'; expected one of {', '.join(BACKENDS)}")
+    obstacle = why_not_triton(device)
+    if requested == "triton":
+        if obstacle:
+            raise UsageError(f"--backend triton: {obstacle}; --backend torch runs everywhere")
+        return Backend("triton", "asked for; interpreted on the CPU" if device.type == "cpu" else "asked for")
+    if requested == "torch":
+        return Backend("torch", "asked for")
+    return Backend(
+        "torch", obstacle or "the Triton kernels have not been timed on a GPU yet; --backend triton tries them"
+    )
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """What keeps Triton kernels from running on tensors of `device`; None where they run."""
+    installed = _triton_version()
+    if installed is None:
+        return "Triton is not installed; pip install 'repbnn[triton]', or a CUDA build of torch, brings it"
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {installed} is too old; expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"device '{device.type}' is no GPU; expected --device cuda (or TRITON_INTERPRET=1, slow, for tests)"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs; the kernels are written for NVIDIA's"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; expected 8.0 (Ampere) or newer"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter; Triton reads it once, when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,50 @@
+"""Every binary operator in plain torch: the definition that the Triton kernels are tested against.
+
+Shape letters: N samples; I, O input and output channels; H, W and H', W' pixels before and after; kh, kw of a kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repbnn_cli.kernels.packing import popcount, tap_sums
+
+Pair = tuple[int, int]
+
+
+def binarize(x: Tensor) -> Tensor:
+    """±1 in x's dtype, with sign(0) = +1."""
+    return (x >= 0).to(x.dtype) * 2 - 1
+
+
+def binary_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0)) -> Tensor:
+    """Convolution of sign(x), (N, I, H, W), with sign(weight), (O, I, kh, kw); zero padding contributes 0.
+
+    The sums are integers: exact in float32, and rounded once to x's dtype. `round` undoes what a Winograd algorithm of
+    the vendor library, which does not add integers, leaves behind (an error far below 1/2).
+    """
+    signs, kernel = binarize(x.detach()).float(), binarize(weight.detach()).float()
+    return F.conv2d(signs, kernel, None, stride=stride, padding=padding).round().to(x.dtype)
+
+
+def binary_conv2d_packed(
+    words: Tensor, kernel_words: Tensor, in_channels: int, stride: Pair = (1, 1), padding: Pair = (0, 0)
+) -> Tensor:
+    """The same by the popcount identity of packing.py: (N, H, W, L), (O, kh, kw, L) → (N, O, H', W') int32."""
+    (_, height, width, _), (filters, kh, kw, _) = words.shape, kernel_words.shape
+    (sy, sx), (py, px) = stride, padding
+    rows, cols = (height + 2 * py - kh) // sy + 1, (width + 2 * px - kw) // sx + 1
+    padded = F.pad(words, (0, 0, px, px, py, py))
+    inside = F.pad(torch.ones(height, width, dtype=torch.int32, device=words.device), (px, px, py, py))
+    sums = tap_sums(kernel_words, in_channels)
+    total = torch.zeros(words.shape[0], rows, cols, filters, dtype=torch.int32, device=words.device)
+    for y in range(kh):
+        for x in range(kw):
+            window = (slice(y, y + sy * (rows - 1) + 1, sy), slice(x, x + sx * (cols - 1) + 1, sx))
+            a = padded[:, *window]  # (N, H', W', L)
+            both = popcount(a.unsqueeze(3) & kernel_words[:, y, x]).sum(-1, dtype=torch.int32)  # (N, H', W', O)
+            ones = popcount(a).sum(-1, dtype=torch.int32).unsqueeze(3)
+            total += 4 * both - 2 * ones - sums[:, y, x] * inside[window].unsqueeze(2)
+    return total.permute(0, 3, 1, 2)
