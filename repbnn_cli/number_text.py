@@ -43,6 +43,11 @@ def shape_text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
+def compact_shape(text: str) -> str:
+    """16×32×3×3 for "(16, 32, 3, 3)"."""
+    return text.replace(", ", "×").replace("(", "").replace(")", "")
+
+
 def shortened(text: str, width: int) -> str:
     """A path that is too long loses its middle."""
     if len(text) <= width:

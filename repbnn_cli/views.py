@@ -12,9 +12,10 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from repbnn_cli.number_text import compact_shape
 from repbnn_cli.plan import PlanRow
 
-_PARTS = {"first_layer": "first layer", "backbone": "backbone", "bypass": "bypass", "last_layer": "last layer"}
+PARTS = {"first_layer": "first layer", "backbone": "backbone", "bypass": "bypass", "last_layer": "last layer"}
 _ACTIONS = {
     "repeat_output": "output × β",
     "rep_conv": "RepConv",
@@ -71,7 +72,7 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
     """Per part: what, how many, from what to what."""
     made = table("part", "what", "n", "from", "to", right=("n",))
     groups: dict[tuple[str, str, str], list[PlanRow]] = {}
-    for part in _PARTS:
+    for part in PARTS:
         for row in rows:
             if row.part == part:
                 groups.setdefault((part, row.action, row.role), []).append(row)
@@ -80,7 +81,7 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
         what = _ACTIONS[action]
         if action == "rep_conv":
             what = "binary → RepBconv" if role.startswith("binary") else f"{role.replace('_', ' ')} → RepConv"
-        name = "" if part == shown else _PARTS[part]
+        name = "" if part == shown else PARTS[part]
         shown = part
         made.add_row(
             name, what, str(len(members)), _range([m.before for m in members]), _range([m.after for m in members])
@@ -89,19 +90,17 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
 
 
 def _range(shapes: Sequence[str]) -> str:
-    compact = [_compact(s) for s in shapes]
+    compact = [compact_shape(s) for s in shapes]
     return compact[0] if len(set(compact)) == 1 else f"{compact[0]} … {compact[-1]}"
-
-
-def _compact(shape: str) -> str:
-    return shape.replace(", ", "×").replace("(", "").replace(")", "")
 
 
 def plan_details(rows: Sequence[PlanRow]) -> Table:
     """Every changed module, what its tensors are made from, and the rule that claims it (`--dry-run`)."""
     made = table("module", "from → to", "tensors", "rule")
     for row in rows:
-        made.add_row(row.path, f"{_compact(row.before)} → {_compact(row.after)}", _grouped(row.tensors), row.rule)
+        made.add_row(
+            row.path, f"{compact_shape(row.before)} → {compact_shape(row.after)}", _grouped(row.tensors), row.rule
+        )
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import repbnn_cli
-from repbnn_cli.cli import costs, surgery, training  # noqa: F401 — importing them registers their commands
+from repbnn_cli.cli import advice, costs, surgery, training  # noqa: F401 — importing them registers their commands
 from repbnn_cli.cli.options import app
 from repbnn_cli.errors import RepbnnError
 

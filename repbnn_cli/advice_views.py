@@ -1,0 +1,103 @@
+"""What explain, lint and doctor print on a terminal, from values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.text import Text
+
+from repbnn_cli.explain import Group, Neighbour, Story, Whole
+from repbnn_cli.explain_words import ChannelMap
+from repbnn_cli.number_text import compact_shape, shape_text
+from repbnn_cli.views import PARTS, facts
+
+_WITH = {
+    "input": "deliver its input",
+    "behind": "take its output, up to the next convolutions",
+    "sum": "meet its output in a sum or concatenation, so their channels must agree",
+}
+_PLACES = 4
+_LABEL = 14  # columns; longer lists of tensors stand beside the label
+
+
+def story(told: Story) -> RenderableType:
+    """One module."""
+    part = PARTS.get(told.part, "")
+    return Lines(
+        Text(told.path, style="bold"),
+        facts(
+            [
+                (told.kind, ", ".join(filter(None, (told.role.replace("_", " "), told.evidence)))),
+                ("position", told.position),
+                ("rule", f"{told.rule} ({part}), {told.where}" if told.rule else ""),
+                ("change" if told.changed else "unchanged", told.what),
+                ("shape", _change(told.before, told.after) if told.changed else ""),
+                *(("input" if len(told.inputs) == 1 else f"input {i + 1}", _map(m)) for i, m in enumerate(told.inputs)),
+                ("output", _map(told.output) if told.output else ""),
+                *_tensors(told),
+            ]
+        ),
+        *_with_it(told.with_it),
+    )
+
+
+def _change(before: str, after: str) -> str:
+    return f"{compact_shape(before)} → {compact_shape(after)}"
+
+
+def _map(channels: ChannelMap) -> str:
+    before, after = shape_text(channels.before), shape_text(channels.after)
+    return f"{before} → {after}: {channels.text}" if before != after else f"{before}: {channels.text}"
+
+
+def _tensors(told: Story) -> Iterator[tuple[str, str]]:
+    """Tensors that were made in the same way share a line."""
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for t in told.tensors:
+        key = (shape_text(t.before), shape_text(t.after), t.made_from, t.values)
+        ways.setdefault(key, []).append(t.name)
+    for (before, after, made, values), names in ways.items():
+        text = f"{before} → {after}: {made}" + (f"; {values}" if values else "")
+        listed = ", ".join(names)
+        yield (listed, text) if len(listed) <= _LABEL else ("tensors", f"{listed}: {text}")
+
+
+def _with_it(neighbours: Sequence[Neighbour]) -> Iterator[RenderableType]:
+    for why, text in _WITH.items():
+        members = [n for n in neighbours if n.why == why]
+        if members:
+            yield Text(f"\nchanged with it, because they {text}:")
+            yield facts((f"  {n.path}", n.what) for n in members[:_PLACES])
+            if len(members) > _PLACES:
+                yield Text(f"  and {len(members) - _PLACES} more (--json lists them)")
+
+
+def whole(told: Whole) -> RenderableType:
+    """Part by part."""
+    lines: list[RenderableType] = [Text(told.path, style="bold")] if told.path else []
+    if not told.groups:
+        lines.append(Text("nothing was changed"))
+    shown = ""
+    for group in told.groups:
+        if group.part != shown:
+            lines.append(Text(("\n" if lines else "") + PARTS.get(group.part, group.part), style="bold"))
+            shown = group.part
+        head = f"{group.rule}, {group.where}" if group.rule else ""
+        lines.append(facts([(f"  {len(group.paths)}×", f"{head}\n{group.what}\n{_examples(group)}".strip())]))
+    lines += [Text(f"\nnote: {note}") for note in told.notes]
+    return Lines(*lines)
+
+
+def _examples(group: Group) -> str:
+    """The first few modules, each kind of change once before any is shown again."""
+    shapes = list(zip(group.before, group.after, strict=True)) or [("", "")] * len(group.paths)
+    first = dict(reversed([(s, p) for p, s in zip(group.paths, shapes, strict=True)]))
+    chosen = sorted(first.items(), key=lambda item: group.paths.index(item[1]))[:_PLACES]
+    if group.before:
+        texts = [f"{path} {_change(before, after)}" for (before, after), path in chosen]
+    else:
+        texts = list(group.paths[:_PLACES])
+    left = len(group.paths) - len(texts)
+    return ", ".join(texts) + (f" and {left} more" if left else "")

@@ -1,0 +1,34 @@
+"""`repbnn explain`, `lint` and `doctor`: what to know about a network, a result, a machine."""
+
+from __future__ import annotations
+
+from repbnn_cli import advice_views, checkpoint, result, views
+from repbnn_cli.commands import targets
+from repbnn_cli.errors import UsageError
+from repbnn_cli.explain import Explainer, Story
+
+
+def explain(target: str | None, path: str | None, *, model: str | None, as_json: bool) -> None:
+    """What became of a module of a result, or of all of them, and why."""
+    name = targets.result_or_newest(target)
+    if not targets.is_result(name):
+        checkpoint.load(name)  # what is no file at all says so itself
+        raise UsageError(f"{name}: is not a result of `repbnn transform`; `transform {name} --dry-run` shows a plan")
+    opened = result.open_result(name, model)
+    payload = opened.payload
+    explainer = Explainer(
+        opened.plan, opened.module, {row["path"]: row["where"] for row in payload["plan"]},
+        weights=bool(payload["source_tensors"]),
+    )  # fmt: skip
+    told = explainer.one(path) if path else explainer.whole()
+    options = payload["options"]
+    if as_json:
+        head = {"network": opened.origin.name, "rules": payload["rules_name"], "options": options}
+        kind = "module" if isinstance(told, Story) else "network"
+        views.print_json(head | {kind: told.as_plain()})
+        return
+    views.console().print(
+        f"{opened.origin.name}, β = {options['beta']}, rules {payload['rules_name']}, inherit {options['inherit']}, "
+        f"last layer {options['last_layer']}\n"
+    )
+    views.console().print(advice_views.story(told) if isinstance(told, Story) else advice_views.whole(told))

@@ -1,0 +1,224 @@
+"""`repbnn explain`: what it says of a tensor is checked against the tensor by formulas written out here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import Residual, conv, randomize, rule_set, transformed, written
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repbnn_cli.cli import run
+from repbnn_cli.errors import UsageError
+from repbnn_cli.explain import Explainer, Story, Whole
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Concatenating(nn.Module):
+    """Two branches concatenated: the expanded stream is [A A B B], not [A B A B]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a, self.bn_a = conv(8, 8), nn.BatchNorm2d(8)
+        self.b, self.bn_b = conv(8, 4), nn.BatchNorm2d(4)
+        self.c, self.bn_c = conv(12, 12), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x))
+        x = torch.cat([self.bn_a(self.a(x)), self.bn_b(self.b(x))], 1)
+        return self.fc((self.bn_c(self.c(x)) + x).mean((2, 3)))
+
+
+def explainer(model: nn.Module, **options: Any) -> Explainer:
+    plan, rep = transformed(randomize(model), **options)
+    return Explainer(plan, rep)
+
+
+def story(explained: Explainer, path: str) -> Story:
+    told = explained.one(path)
+    assert isinstance(told, Story)
+    return told
+
+
+def pairs(source: nn.Module, rep: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+    return source.get_parameter(path), rep.get_parameter(path)
+
+
+# -- what a kernel is made from -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inherit", "said", "filter_of"),
+    [
+        ("fold", "filters o, o + 4, o + 8, o + 12,", lambda o, r: o + 4 * r),
+        ("reshape", "filters 4·o, 4·o + 1, 4·o + 2, 4·o + 3,", lambda o, r: 4 * o + r),
+    ],
+)
+def test_the_filters_it_names_are_those_that_the_kernel_holds(
+    inherit: str, said: str, filter_of: Callable[[int, int], int]
+) -> None:
+    explained = explainer(Residual(), beta=4, inherit=inherit)
+    (weight,) = story(explained, "conv2").tensors
+    assert (weight.name, weight.before, weight.after) == ("weight", (16, 8, 3, 3), (4, 32, 3, 3))
+    assert said in weight.made_from
+    assert "input j has that filter's column j mod 8" in weight.made_from
+    assert weight.values == "as the transform made them"
+    source, rep = pairs(explained.plan.network.module, explained.module, "conv2.weight")
+    for o in range(4):
+        for j in range(32):
+            assert torch.equal(rep[o, j], source[filter_of(o, j // 8), j % 8])
+
+
+def test_columns_of_a_kernel_behind_a_concatenation() -> None:
+    explained = explainer(Concatenating())
+    told = story(explained, "c")
+    runs = "0–7 ← 0–7, 8–19 ← 0–11, 20–23 ← 8–11"  # [A A B B], as few stretches as say it
+    assert told.inputs[0].text == f"expanded channels stand for source channels: {runs}"
+    assert told.inputs[0].index == (*range(8), *range(8), *range(8, 12), *range(8, 12))
+    assert runs in told.tensors[0].made_from
+    source, rep = pairs(explained.plan.network.module, explained.module, "c.weight")
+    assert torch.equal(rep[1, 9], source[1 + 6, 1])  # the second copy of channel 1, so the second filter
+    assert torch.equal(rep[1, 17], source[1, 9])
+
+
+@pytest.mark.parametrize(
+    ("way", "said", "value"),
+    [
+        ("all", "column j of 32 is the source's column j mod 16, divided by 2", lambda w, j: w[:, j % 16] / 2),
+        ("1_over_beta", "column j of 16 is the source's column j", lambda w, j: w[:, j]),
+        ("1_over_beta2", "column j of 8 is the sum of the source's columns j, j + 8", lambda w, j: w[:, j::8].sum(1)),
+    ],
+)  # fmt: skip
+def test_columns_of_the_last_layer(way: str, said: str, value: Callable[[Tensor, int], Tensor]) -> None:
+    explained = explainer(Residual(), last_layer=way)
+    (weight,) = story(explained, "fc").tensors
+    assert said in weight.made_from
+    source, rep = pairs(explained.plan.network.module, explained.module, "fc.weight")
+    assert torch.equal(rep, torch.stack([value(source, j) for j in range(rep.shape[1])], 1))
+
+
+def test_values_that_were_trained_since_are_said_to_be() -> None:
+    explained = explainer(Residual())
+    with torch.no_grad():
+        explained.module.get_parameter("bn1.weight").mul_(1.5)
+    values = {t.name: t.values for t in story(explained, "bn1").tensors}
+    assert values["weight"] == "changed since the transform"
+    assert values["bias"] == "as the transform made them"
+    fresh = explainer(Residual(), inherit="none")
+    assert {t.made_from for t in story(fresh, "conv1").tensors} == {"a fresh start (inherit: none)"}
+
+
+# -- roles, rules, neighbours ----------------------------------------------------------------------------------
+
+
+def test_a_module_has_its_rule_role_channels_and_neighbours() -> None:
+    told = story(explainer(Residual()), "conv1")
+    assert (told.role, told.part, told.rule, told.position) == (
+        "binary_conv",
+        "backbone",
+        "backbone-binary-conv",
+        "trunk",
+    )
+    assert told.where.endswith(f"reptran.yaml:{line_of('backbone-binary-conv:')}")
+    assert "1-bit weights" in told.evidence
+    assert told.output is not None
+    assert (told.output.before, told.output.after) == ((8, 8, 8), (4, 8, 8))
+    assert told.output.text.endswith(
+        "channel j of 16 is convolution channel j mod 4 and stands for source channel j mod 8"
+    )
+    why = {n.path: n.why for n in told.with_it}
+    assert why == {"bn": "input", "bn1": "behind"}
+
+
+def test_the_other_side_of_a_sum_is_named() -> None:
+    why = {n.path: n.why for n in story(explainer(Residual()), "conv2").with_it}
+    assert why["bn3"] == "sum"
+    assert why["bn2"] == "behind"
+
+
+def line_of(text: str) -> int:
+    lines = (ROOT / "rules" / "reptran.yaml").read_text("utf-8").splitlines()
+    return next(i for i, line in enumerate(lines, 1) if line.strip() == text)
+
+
+def test_what_a_rule_keeps_and_what_nothing_reaches() -> None:
+    explained = explainer(
+        Residual(),
+        rule=written("extends: reptran\nrules:\n  mine:\n    part: last_layer\n    match: {path: fc}\n"
+                     "    apply: select_inputs\n    share: 1_over_beta\n"),
+    )  # fmt: skip
+    assert story(explained, "fc").rule == "mine"
+    assert story(explained, "fc").where == "mine.yaml:3"
+    still = explainer(Residual(), beta=1)
+    assert story(still, "conv1").what == "with β = 1 nothing is repeated"
+    assert isinstance(still.whole(), Whole)
+    assert {g.part for g in still.whole().groups} == {"unchanged"}
+
+
+def test_the_whole_story_has_every_changed_module_once() -> None:
+    explained = explainer(Concatenating())
+    groups = explained.whole().groups
+    told = [p for g in groups if g.part != "unchanged" for p in g.paths]
+    assert sorted(told) == sorted(e.path for e in explained.plan.edits)
+    assert list(dict.fromkeys(g.part for g in groups)) == ["first_layer", "backbone", "last_layer"]
+
+
+def test_paths_of_tensors_operators_and_blocks() -> None:
+    explained = explainer(Residual())
+    assert story(explained, "bn1.running_mean").path == "bn1"
+    operator = next(p for p in explained.nodes if p.startswith(":add"))
+    told = story(explained, operator)
+    assert (told.kind, told.changed) == ("operator", False)
+    assert "networks.py:" in told.evidence
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.unused = Residual(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.inner(x))
+
+    outer = explainer(Outer())
+    block = outer.one("inner")
+    assert isinstance(block, Whole)
+    assert {p for g in block.groups for p in g.paths} >= {"inner.conv1", "inner.fc"}
+    assert "never called" in story(outer, "unused").what
+    with pytest.raises(UsageError, match=r"conv1: the network has no such module; it has inner\.conv1"):
+        outer.one("conv1")
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(ROOT / "checkpoints" / "irnet_resnet20_cifar10.pth")
+    assert run(["transform", checkpoint, "-o", "r.repbnn.pt"]) == 0
+    capsys.readouterr()
+    for command in (["explain", "r.repbnn.pt"], ["explain", "r.repbnn.pt", "layer3.0.conv1"]):
+        assert run(command) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert run([*command, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["options"] == {"beta": 2, "inherit": "fold", "last_layer": "all"}
+    assert told["module"]["where"] == f"rules/reptran.yaml:{line_of('backbone-binary-conv:')}"
+    assert told["module"]["tensors"][0]["made_from"].startswith("filter o is made from the source's filters o, o + 32,")
+    assert told["module"]["inputs"][0]["index"] == [j % 32 for j in range(64)]
+    assert run(["explain", "r.repbnn.pt", "layer3.0.conv7"]) == 2
+    assert "nearest: layer3.0.conv" in capsys.readouterr().err
+    assert run(["explain", checkpoint]) == 2
+    assert "is not a result of `repbnn transform`" in capsys.readouterr().err
+
+
+def test_rules_can_be_read_where_they_were_written() -> None:
+    assert rule_set().rules[0].where.endswith(".yaml:22")
