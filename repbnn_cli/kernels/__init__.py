@@ -4,6 +4,7 @@
 | --- | --- |
 | packing.py | the layout of packed bits, and packing and unpacking in plain torch |
 | reference.py | every operator in plain torch: exact, on any device |
+| blocks.py | packed blocks for inference: a binary convolution and all that follows it up to the next sign |
 
 Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for
 tests. A file with Triton kernels imports Triton at its top, so it is imported only once `choose` has said "triton".

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repbnn_cli.kernels.packing import popcount, tap_sums
+from repbnn_cli.kernels.packing import pack_activations, popcount, tap_sums
 
 Pair = tuple[int, int]
 
@@ -22,11 +22,19 @@ def binarize(x: Tensor) -> Tensor:
 def binary_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0)) -> Tensor:
     """Convolution of sign(x), (N, I, H, W), with sign(weight), (O, I, kh, kw); zero padding contributes 0.
 
-    The sums are integers: exact in float32, and rounded once to x's dtype. `round` undoes what a Winograd algorithm of
-    the vendor library, which does not add integers, leaves behind (an error far below 1/2).
+    The sums are integers: exact in float32, and rounded once to x's dtype.
     """
     signs, kernel = binarize(x.detach()).float(), binarize(weight.detach()).float()
-    return F.conv2d(signs, kernel, None, stride=stride, padding=padding).round().to(x.dtype)
+    return sums_of_signs(signs, kernel, stride, padding).to(x.dtype)
+
+
+def sums_of_signs(signs: Tensor, kernel: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0)) -> Tensor:
+    """Convolution of float32 tensors that hold ±1 already; exact.
+
+    `round` undoes what a Winograd algorithm of the vendor library, which does not add integers, leaves behind (an error
+    far below 1/2).
+    """
+    return F.conv2d(signs, kernel, None, stride=stride, padding=padding).round()
 
 
 def binary_conv2d_packed(
@@ -48,3 +56,39 @@ def binary_conv2d_packed(
             ones = popcount(a).sum(-1, dtype=torch.int32).unsqueeze(3)
             total += 4 * both - 2 * ones - sums[:, y, x] * inside[window].unsqueeze(2)
     return total.permute(0, 3, 1, 2)
+
+
+def finish_block(
+    sums: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    *,
+    activation: str,
+    rprelu: Tensor | None,
+    sign_shift: Tensor | None,
+    values: bool,
+    signs: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What follows the sums (N, O, H', W') of a packed block, see blocks.py: (values, signs) for C = R·O channels.
+
+    In float32, channels last; values are rounded to `dtype` once, at the end, and signs are those of what is stored.
+    """
+    nhwc = sums.float().permute(0, 2, 3, 1).unsqueeze(3)  # (N, H', W', 1, O)
+    per_copy = (-1, sums.shape[1])  # (C,) → (R, O)
+    out = torch.addcmul(shift.view(per_copy), nhwc, scale.view(per_copy)).flatten(3).contiguous()  # (N, H', W', C)
+    if residual is not None:
+        out = out + residual.permute(0, 2, 3, 1).float()
+    if activation == "hardtanh":
+        out = out.clamp(-1, 1)
+    elif rprelu is not None:
+        before, slope, after = rprelu
+        out = out + before
+        out = torch.where(out > 0, out, slope * out) + after
+    stored = out.to(dtype)
+    shifted = stored.float() if sign_shift is None else stored.float() + sign_shift
+    return (
+        stored.permute(0, 3, 1, 2) if values else None,
+        pack_activations(shifted.permute(0, 3, 1, 2)) if signs else None,
+    )
