@@ -5,6 +5,8 @@
 | packing.py | the layout of packed bits, and packing and unpacking in plain torch |
 | reference.py | every operator in plain torch: exact, on any device |
 | blocks.py | packed blocks for inference: a binary convolution and all that follows it up to the next sign |
+| sign_packing.py | packing and unpacking in Triton |
+| binary_conv2d.py | the binary convolution of training, in Triton, with its gradient |
 
 Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for
 tests. A file with Triton kernels imports Triton at its top, so it is imported only once `choose` has said "triton".
@@ -12,12 +14,15 @@ tests. A file with Triton kernels imports Triton at its top, so it is imported o
 
 from __future__ import annotations
 
+import functools
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from repbnn_cli.errors import UsageError
 
@@ -68,6 +73,19 @@ def why_not_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"device '{device.type}' is no GPU; expected --device cuda (or TRITON_INTERPRET=1, slow, for tests)"
+    return _cuda_obstacle(device)
+
+
+def launching(x: Tensor) -> AbstractContextManager[None]:
+    """Around the launches of an operator on x: makes its GPU the current one; a UsageError where Triton cannot run."""
+    obstacle = why_not_triton(x.device)
+    if obstacle:
+        raise UsageError(f"Triton operator on {x.device}: {obstacle}; repbnn_cli.kernels.reference runs everywhere")
+    return torch.cuda.device_of(x)
+
+
+@functools.cache
+def _cuda_obstacle(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs; the kernels are written for NVIDIA's"
     if not torch.cuda.is_available():
@@ -84,6 +102,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+@functools.cache
 def _triton_version() -> str | None:
     try:
         return version("triton")
