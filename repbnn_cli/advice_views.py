@@ -10,6 +10,8 @@ from rich.text import Text
 
 from repbnn_cli.explain import Group, Neighbour, Story, Whole
 from repbnn_cli.explain_words import ChannelMap
+from repbnn_cli.lint import SEVERITIES, Outcome
+from repbnn_cli.lint_checks import Place
 from repbnn_cli.number_text import compact_shape, shape_text
 from repbnn_cli.views import PARTS, facts
 
@@ -18,6 +20,7 @@ _WITH = {
     "behind": "take its output, up to the next convolutions",
     "sum": "meet its output in a sum or concatenation, so their channels must agree",
 }
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 _PLACES = 4
 _LABEL = 14  # columns; longer lists of tensors stand beside the label
 
@@ -101,3 +104,44 @@ def _examples(group: Group) -> str:
         texts = list(group.paths[:_PLACES])
     left = len(group.paths) - len(texts)
     return ", ".join(texts) + (f" and {left} more" if left else "")
+
+
+def findings(network: str, outcomes: Sequence[Outcome], *, every: bool = False) -> RenderableType:
+    """What was found, gravest first, each with remedy and source; then what passed and what was not asked."""
+    found = sorted((o for o in outcomes if o.places), key=lambda o: SEVERITIES.index(o.check.severity))
+    lines: list[RenderableType] = [Text(f"{network}: {len(outcomes)} checks, {len(found)} with findings")]
+    for outcome in found:
+        check = outcome.check
+        lines += [
+            Text(f"\n{check.severity}: {check.title} ({check.name})", style=_STYLES[check.severity]),
+            facts(
+                [
+                    (f"  {len(outcome.places)}×", _places(outcome.places, every=every)),
+                    ("  do", check.remedy),
+                    ("  see", check.source),
+                ]
+            ),
+        ]
+    passed = [o.check.name for o in outcomes if not o.places and not o.skipped]
+    lines.append(facts([("\npassed", "\n" + ", ".join(passed))] if passed else []))
+    for reason in dict.fromkeys(o.skipped for o in outcomes if o.skipped):
+        names = ", ".join(o.check.name for o in outcomes if o.skipped == reason)
+        lines.append(facts([("not checked", f"{names}: {reason}")]))
+    return Lines(*lines)
+
+
+def _places(places: Sequence[Place], *, every: bool) -> str:
+    """Places with the same detail share a line."""
+    alike: dict[str, list[str]] = {}
+    for place in places:
+        alike.setdefault(place.detail, []).append(place.path)
+    details = list(alike.items())
+    shown = details if every else details[:_PLACES]
+    lines = []
+    for detail, paths in shown:
+        listed = paths if every else paths[:_PLACES]
+        more = f" and {len(paths) - len(listed)} more" if len(paths) > len(listed) else ""
+        where = ", ".join(p for p in listed if p)
+        lines.append(f"{where}{more}: {detail}" if where else detail)
+    left = sum(len(paths) for _, paths in details[len(shown) :])
+    return "\n".join(lines) + (f"\nand {left} more; --all lists them" if left else "")

@@ -53,6 +53,12 @@ class VerificationError(RepbnnError):
     exit_code = 4
 
 
+class GateError(RepbnnError):
+    """A gate that the caller asked for (`--max-ops`, `--strict`) and that the network does not pass."""
+
+    exit_code = 4
+
+
 class DivergedError(RepbnnError):
     """Training that met NaN or infinity; names the layer, the step, and the last good state."""
 

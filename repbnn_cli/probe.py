@@ -7,8 +7,8 @@ can replace the kernel of a call, which is how the merged-kernel identity is che
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,13 +30,17 @@ _LINEAR = ("input", "weight", "bias")
 
 @dataclass(frozen=True)
 class ConvCall:
-    """One call: kernel and input as applied, (O, I/groups, ...) and (N, I, ...), and its output."""
+    """One call: kernel and input as applied, (O, I/groups, ...) and (N, I, ...), and its output.
+
+    arguments: what else it was given, by name: stride, padding, dilation.
+    """
 
     kind: str
     input: Tensor
     kernel: Tensor
     groups: int
     output: Tensor
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class ConvCalls(TorchFunctionMode):
             output = _repeated(func, given, groups, self._channels)
         else:
             output = func(*args, **kwargs)
-        self.calls.append(ConvCall(kind, given["input"], given["weight"], groups, output))
+        further: dict[str, Any] = {n: given[n] for n in ("stride", "padding", "dilation") if n in given}
+        self.calls.append(ConvCall(kind, given["input"], given["weight"], groups, output, further))
         return output
 
 

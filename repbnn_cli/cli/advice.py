@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Json, Model, app
+from repbnn_cli.cli.options import Arch, InputSize, Json, Key, Model, ModelArgs, Unsafe, app
 
 
 @app.command()
@@ -31,3 +31,36 @@ def explain(
     from repbnn_cli.commands import advice as commands
 
     commands.explain(target, path, model=model, as_json=as_json)
+
+
+@app.command()
+def lint(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="Result, checkpoint or zoo name; the newest result in checkpoints/ if not given."),
+    ] = None,
+    arch: Arch = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
+    input_size: InputSize = None,
+    every: Annotated[bool, typer.Option("--all", help="List every place, not the first few.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 4 for a warning or an error.")] = False,
+    key: Key = None,
+    unsafe_load: Unsafe = False,
+    as_json: Json = False,
+) -> None:
+    """What hurts a binary network in practice.
+
+    Each finding with its severity, the places, what to do, and who says so. Of a result its Rep network is checked.
+
+    \b
+    Examples:
+    repbnn lint ckpt.pth
+    repbnn lint ckpt.pt --model net.py:make --strict
+    """
+    from repbnn_cli.commands import advice as commands
+
+    commands.lint(
+        target, strict=strict, every=every, as_json=as_json, arch=arch, model=model, model_args=model_args,
+        input_size=input_size, key=key, unsafe=unsafe_load,
+    )  # fmt: skip

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from repbnn_cli import advice_views, checkpoint, result, views
+from repbnn_cli import lint as lint_room
 from repbnn_cli.commands import targets
-from repbnn_cli.errors import UsageError
+from repbnn_cli.errors import GateError, UsageError
 from repbnn_cli.explain import Explainer, Story
 
 
@@ -32,3 +35,19 @@ def explain(target: str | None, path: str | None, *, model: str | None, as_json:
         f"last layer {options['last_layer']}\n"
     )
     views.console().print(advice_views.story(told) if isinstance(told, Story) else advice_views.whole(told))
+
+
+def lint(target: str | None, *, strict: bool, every: bool, as_json: bool, **origin: Any) -> None:
+    """All checks on one network; of a result, on its Rep network."""
+    name = targets.result_or_newest(target)
+    looked = targets.examined(name, values=True, **origin)
+    outcomes = lint_room.lint(looked.network, looked.layers, trained=looked.trained)
+    gravest = lint_room.worst(outcomes)
+    if as_json:
+        plain = [o.as_plain() for o in outcomes]
+        views.print_json({"target": name, "network": looked.name, "worst": gravest, "checks": plain})
+    else:
+        views.console().print(advice_views.findings(looked.name, outcomes, every=every))
+    if strict and gravest in ("error", "warning"):
+        found = [o.check.name for o in outcomes if o.places and o.check.severity != "note"]
+        raise GateError(f"{name}: --strict: found {', '.join(found)}; what to do is in the table")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repbnn_cli import checkpoint, result, source, views
+import torch
+
+from repbnn_cli import checkpoint, result, shapes, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.errors import CheckpointError
+from repbnn_cli.graph import Network
+from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
-from repbnn_cli.source import Source
+from repbnn_cli.source import Origin, Source
 
 
 def result_or_newest(target: str | None) -> str:
@@ -34,6 +39,47 @@ def zoo_network(name: str, input_size: str | None) -> Source:
     shape = source.parse_input_size(input_size) if input_size else (registry.ARCHS[name].input_shape,)
     origin = source.Origin(name, None, {}, None, shape)
     return Source(source.from_origin(origin), origin, reason="from the zoo, without trained weights")
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A network to look at: of a result, the Rep network. trained: whether its weights are anybody's."""
+
+    target: str
+    network: Network
+    layers: dict[str, Layer]
+    origin: Origin
+    trained: bool
+    file: checkpoint.Checkpoint | None = None
+    opened: result.Result | None = None
+
+    @property
+    def name(self) -> str:
+        return f"Rep-{self.origin.name}" if self.opened else self.origin.name
+
+
+def examined(
+    target: str, *, arch: str | None = None, model: str | None = None, model_args: str | None = None,
+    input_size: str | None = None, key: str | None = None, unsafe: bool = False, values: bool = False,
+) -> Examined:  # fmt: skip
+    """The network of a result, a checkpoint, or a zoo name. values: a zoo network gets fresh weights instead of zeros,
+    so that it can be run."""
+    if is_result(target):
+        opened = result.open_result(target, model)
+        network, layers = shapes.rep_network(opened.plan, opened.module)
+        return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
+    if Path(target).exists() or model is not None:
+        src = source.from_checkpoint(
+            target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
+        )
+    else:
+        src = zoo_network(target, input_size)
+        if values:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                src = replace(src, model=registry.build(target).eval())
+    network = source.capture(src.model, src.origin)
+    return Examined(target, network, recognize(network), src.origin, trained=src.file is not None, file=src.file)
 
 
 def check_output(output: str | Path | None, *, force: bool) -> None:
