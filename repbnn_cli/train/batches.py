@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repbnn_cli.errors import UsageError
+from repbnn_cli.train.sharding import Sharding
 from repbnn_cli.train.splits import Split
 
 # What the code bases of the paper's systems use, for CIFAR as well as for ImageNet.
@@ -65,10 +66,8 @@ class Normaliser:
 class Batches:
     """The training batches of a split.
 
-    batch_size is the global one; rank r of ``world`` gets the r-th part of every batch, so the ranks together see what
-    one process would. ``pad`` zero pixels are put around every image, a random window of the original size is cut, and
-    half of the images are mirrored; ``pad=0, flip=False`` is no augmentation. Without ``drop_last`` the last batch is
-    the smaller rest (a rank can get one image more than another of it, or none).
+    batch_size, drop_last, rank, world: see ``Sharding``. ``pad`` zero pixels are put around every image, a random window
+    of the original size is cut, and half of the images are mirrored; ``pad=0, flip=False`` is no augmentation.
 
     A position in training is (epoch, batch): ``epoch(e, start=b)`` gives batch b and all after it, bit for bit as an
     epoch entered at its start. Images are in channels_last memory format unless that is switched off.
@@ -92,8 +91,7 @@ class Batches:
         world: int = 1,
         channels_last: bool = True,
     ) -> None:
-        check_sharding(batch_size, len(split), drop_last, rank, world)
-        self.batch_size, self.drop_last, self.rank, self.world = batch_size, drop_last, rank, world
+        self.sharding = Sharding(len(split), batch_size, drop_last, rank, world)
         self.seed, self.pad, self.flip, self.shuffle, self.channels_last = seed, pad, flip, shuffle, channels_last
         self.device = torch.device(device)
         self.normalise = Normaliser(self.device, dtype, mean, std)
@@ -106,7 +104,7 @@ class Batches:
         inner.copy_(split.images.to(self.device).permute(0, 2, 3, 1))
 
     def __len__(self) -> int:
-        return batches_in(self._count, self.batch_size, self.drop_last)
+        return len(self.sharding)
 
     def plan(self, epoch: int) -> Plan:
         """The order, crops and flips of an epoch; the same for every rank, device and position."""
@@ -123,7 +121,9 @@ class Batches:
         This is what a captured training step copies its input from; ``normalise`` does the rest.
         """
         plan = self.plan(epoch)
-        mine = torch.cat([torch.arange(0), *(torch.arange(*part) for part in self._parts(start))])
+        mine = torch.cat(
+            [torch.arange(0), *(torch.arange(part.start, part.stop) for part in self.sharding.parts(start))]
+        )
         order, top, left = (numbers[mine].to(self.device) for numbers in plan[:3])
         mirrored = plan.flip[mine].nonzero()[:, 0].to(self.device)
         images = self._windows()[order, top, left]
@@ -135,16 +135,11 @@ class Batches:
         """(images, labels) of batch ``start`` and all after it: images normalised, (n, C, H, W); labels int64 (n,)."""
         images, labels = self.raw(epoch, start)
         position = 0
-        for first, last in self._parts(start):
-            part = slice(position, position + last - first)
+        for mine in self.sharding.parts(start):
+            part = slice(position, position + mine.stop - mine.start)
             batch = self.normalise(images[part])
             yield (batch if self.channels_last else batch.contiguous()), labels[part]
             position = part.stop
-
-    def _parts(self, start: int) -> list[tuple[int, int]]:
-        """This rank's stretch of the epoch in each batch from ``start`` on."""
-        starts = [number * self.batch_size for number in range(start, len(self))]
-        return [share(first, min(first + self.batch_size, self._count), self.rank, self.world) for first in starts]
 
     def _windows(self) -> Tensor:
         """(N, 2·pad+1, 2·pad+1, H, W, C): every window of every image, as a view.
@@ -174,36 +169,10 @@ def eval_batches(
     Rank r of ``world`` gets the r-th part of every batch (of the last one perhaps nothing, and then no batch). A split
     that is to be gone through often belongs on the device first: ``split.to(device)``.
     """
-    check_sharding(batch_size, len(split), False, rank, world)
+    sharding = Sharding(len(split), batch_size, False, rank, world)
     normalise = Normaliser(device, dtype, mean, std)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    for start in range(0, len(split), batch_size):
-        first, last = share(start, min(start + batch_size, len(split)), rank, world)
-        if first < last:
-            images = split.images[first:last].to(device, non_blocking=True).contiguous(memory_format=layout)
-            yield normalise(images), split.labels[first:last].to(device, non_blocking=True)
-
-
-def batches_in(count: int, batch_size: int, drop_last: bool) -> int:
-    """How many batches an epoch of ``count`` images has."""
-    return count // batch_size if drop_last else -(-count // batch_size)
-
-
-def share(first: int, last: int, rank: int, world: int) -> tuple[int, int]:
-    """The rank's part of the positions ``first`` to ``last``: as even as it goes, in order, together all of them."""
-    count = last - first
-    return first + count * rank // world, first + count * (rank + 1) // world
-
-
-def check_sharding(batch_size: int, count: int, drop_last: bool, rank: int, world: int) -> None:
-    """Raise UsageError for batch sizes that give no batch or cannot be divided among the ranks."""
-    if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: has to be at least 1")
-    if drop_last and batch_size > count:
-        raise UsageError(f"batch size {batch_size}: the data set has only {count} images; choose {count} at most")
-    if not 0 <= rank < world:
-        raise UsageError(f"rank {rank}: expected 0 to {world - 1}")
-    if batch_size % world:
-        below = batch_size // world * world
-        near = f"{below} or {below + world}" if below else f"{world}"
-        raise UsageError(f"batch size {batch_size}: not divisible among {world} processes; possible here: {near}")
+    for part in sharding.parts():
+        if part.start < part.stop:
+            images = split.images[part].to(device, non_blocking=True).contiguous(memory_format=layout)
+            yield normalise(images), split.labels[part].to(device, non_blocking=True)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from repbnn_cli.errors import UsageError
-from repbnn_cli.train.batches import Source, batches_in
+from repbnn_cli.train.batches import Source
 from repbnn_cli.train.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
 from repbnn_cli.train.image_crops import Augmentation
 from repbnn_cli.train.recipe_models import RecipeFile
+from repbnn_cli.train.sharding import batches_in
 
 Images = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 

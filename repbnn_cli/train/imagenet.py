@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 
 from repbnn_cli.errors import DataError, UsageError
 from repbnn_cli.train.archives import unreadable
-from repbnn_cli.train.batches import MEAN, STD, Normaliser, batches_in, check_sharding, generator_for, share
+from repbnn_cli.train.batches import MEAN, STD, Normaliser, generator_for
 from repbnn_cli.train.image_crops import Augmentation, Pixels, centre_pixels, training_pixels
 from repbnn_cli.train.images import FORMATS, SUFFIXES, TESTS, TRAIN
+from repbnn_cli.train.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ def warn(message: str) -> None:
 class FolderBatches:
     """The training batches of an ImageNet-style split; what ``batches.Batches`` is for a split in memory.
 
-    batch_size is the global one, of which rank r of ``world`` gets the r-th part. ``workers`` processes decode (0: this
-    one). A damaged image gives its place to the next good one of the data set, so that batches keep their size; each is
-    told to ``report`` once, and DataError is raised when this process has met more than ``max_damaged`` of them.
+    batch_size, drop_last, rank, world: see ``Sharding``. ``workers`` processes decode (0: this one). A damaged image
+    gives its place to the next good one of the data set, so that batches keep their size; each is told to ``report``
+    once, and DataError is raised when this process has met more than ``max_damaged`` of them.
     """
 
     def __init__(
@@ -151,23 +152,21 @@ class FolderBatches:
         max_damaged: int = 10,
         report: Callable[[str], None] = warn,
     ) -> None:
-        check_sharding(batch_size, len(split), drop_last, rank, world)
-        self.batch_size, self.drop_last, self.rank, self.world, self.seed = batch_size, drop_last, rank, world, seed
-        self.device, self.channels_last = torch.device(device), channels_last
+        self.sharding = Sharding(len(split), batch_size, drop_last, rank, world)
+        self.seed, self.device, self.channels_last = seed, torch.device(device), channels_last
         self.normalise = Normaliser(self.device, dtype, mean, std)
         self._decoder = _Decoder(split, seed, augmentation or Augmentation(), max_damaged)
         self._reader = _Reader(self._decoder, self.device, workers, _Damages(split, max_damaged, report))
 
     def __len__(self) -> int:
-        return batches_in(len(self._decoder.split), self.batch_size, self.drop_last)
+        return len(self.sharding)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of batch ``start`` and all after it: images normalised, (n, 3, S, S); labels int64 (n,)."""
         count = len(self._decoder.split)
         order = torch.randperm(count, generator=generator_for(self.seed, epoch)).tolist()
-        starts = [number * self.batch_size for number in range(start, len(self))]
-        parts = [share(first, min(first + self.batch_size, count), self.rank, self.world) for first in starts]
-        for images, labels in self._reader.read([[(epoch, index) for index in order[slice(*part)]] for part in parts]):
+        keys = [[(epoch, index) for index in order[part]] for part in self.sharding.parts(start)]
+        for images, labels in self._reader.read(keys):
             batch = self.normalise(images)
             yield (batch if self.channels_last else batch.contiguous()), labels
 
@@ -193,15 +192,14 @@ def eval_folder_batches(
 
     A damaged image is left out of its batch and told to ``report``; DataError beyond ``max_damaged`` of them.
     """
-    check_sharding(batch_size, len(split), False, rank, world)
+    sharding = Sharding(len(split), batch_size, False, rank, world)
     if not 0 < size <= resize:
         raise UsageError(f"test images: cannot cut {size} pixels out of {resize}; choose a size up to {resize}")
     normalise = Normaliser(device, dtype, mean, std)
     decoder = _Decoder(split, None, (size, resize), max_damaged)
     reader = _Reader(decoder, torch.device(device), workers, _Damages(split, max_damaged, report))
-    starts = range(0, len(split), batch_size)
-    parts = [share(first, min(first + batch_size, len(split)), rank, world) for first in starts]
-    for images, labels in reader.read([[(0, index) for index in range(*part)] for part in parts]):
+    keys = [[(0, index) for index in range(part.start, part.stop)] for part in sharding.parts()]
+    for images, labels in reader.read(keys):
         batch = normalise(images)
         yield (batch if channels_last else batch.contiguous()), labels
 
