@@ -65,6 +65,10 @@ class DivergedError(RepbnnError):
     exit_code = 4
 
 
+class MemoryExceededError(RepbnnError):
+    """Training that does not fit into memory; says which batch size would, as measured, and the last good state."""
+
+
 class StoppedError(RepbnnError):
     """Training stopped by a signal once its state was saved; the exit code is 128 + the signal's number."""
 

@@ -20,6 +20,20 @@ RECORD, ENVIRONMENT, RECIPE, METRICS, TIMING = (
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a running run is, with averages over the epoch so far; epoch and batch count from 1."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    loss: float
+    top1: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """A stage of the recipe. published: the top-1 in percent that a paper states for this network after it; table:
     where it stands."""

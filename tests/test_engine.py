@@ -24,6 +24,7 @@ from train_examples import recipe, run, tiny, toy
 from repbnn_cli import checkpoint, result, rules, source, surgery, zoo
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d, RBNNConv2d, ReCUConv2d
 from repbnn_cli.errors import DivergedError, RepbnnError, StoppedError, UsageError
+from repbnn_cli.runs import Progress
 from repbnn_cli.train import data, engine, health, recipes, state
 from repbnn_cli.train.state import Position, Run
 from repbnn_cli.verify import Certificate
@@ -92,7 +93,7 @@ def test_two_stages_hand_over_and_length_may_be_in_iterations(tmp_path: Path) ->
     made = recipes.override(recipes.load("fracbnn-cifar10"), ["batch=16", "iterations=6", "schedule={name: linear}"])
     plain, kernels = network.conv.binary_weight(), []
 
-    def look(progress: engine.Progress) -> None:
+    def look(progress: Progress) -> None:
         kernels.append((progress.stage, network.conv.binary_weight().detach().unique().numel()))
 
     engine.finetune(network, toy(), made, tmp_path / "run", on_step=look, options=engine.Options(log_every=1))
@@ -140,7 +141,7 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: signal.Si
     run(tmp_path / "whole")
     before = signal.getsignal(number)
 
-    def stop(progress: engine.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if (progress.epoch, progress.batch) == (2, 3):
             os.kill(os.getpid(), number)
 
@@ -163,7 +164,7 @@ def test_method_schedules_and_rotations_resume_exactly(tmp_path: Path, kind: typ
     changes = (f"binarization={name}", "optimizer={name: adam, lr: 1e-3}")
     run(tmp_path / "whole", *changes, network=tiny(conv=kind))
 
-    def stop(progress: engine.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if (progress.epoch, progress.batch) == (2, 2):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -244,7 +245,7 @@ def test_another_runs_state_is_refused(tmp_path: Path) -> None:
 def test_nan_stops_the_run_names_the_layer_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     network = tiny()
 
-    def poison(progress: engine.Progress) -> None:
+    def poison(progress: Progress) -> None:
         if (progress.epoch, progress.batch) == (2, 1):
             network.bn2.weight.data[0] = math.inf
 

@@ -13,6 +13,7 @@ from train_examples import run
 
 from repbnn_cli import runs
 from repbnn_cli.errors import CheckpointError, StoppedError, UsageError
+from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine
 
 PUBLISHED = "published={irnet_resnet20: {table: Table 7, raw: 86.5, rep: 87.6}}"
@@ -41,7 +42,7 @@ def test_a_finished_run_says_what_it_is_and_what_it_reached(tmp_path: Path) -> N
 
 
 def test_a_stopped_run_says_where_it_goes_on(tmp_path: Path) -> None:
-    def stop(progress: engine.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if (progress.epoch, progress.batch) == (2, 3):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -17,6 +17,7 @@ from repbnn_cli import checkpoint, zoo
 from repbnn_cli.binary_conv import BinaryConv2d, FracConv2d, GatedConv2d, IRConv2d, RBNNConv2d, ReCUConv2d, SignConv2d
 from repbnn_cli.errors import UsageError
 from repbnn_cli.rep_layers import RepBatchNorm2d
+from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine, health, measure, steps
 
 
@@ -94,7 +95,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
 def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
     network, seen = tiny(), []
 
-    def look(_: engine.Progress) -> None:
+    def look(_: Progress) -> None:
         seen.append(network.fc.weight.detach().clone())
 
     start = network.fc.weight.detach().clone()

@@ -15,6 +15,7 @@ from torch import nn
 from repbnn_cli import checkpoint, result, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.errors import UsageError
+from repbnn_cli.runs import Progress
 from repbnn_cli.source import Origin
 from repbnn_cli.train import engine, feeds, measure, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder, open_data
@@ -233,12 +234,12 @@ def _show_evaluation(name: str, dataset: Dataset | ImageFolders, found: measure.
     )
 
 
-def _progress() -> Callable[[engine.Progress], None] | None:
+def _progress() -> Callable[[Progress], None] | None:
     """One line that rewrites itself on a terminal; elsewhere the epochs' lines are enough."""
     if not sys.stderr.isatty():
         return None
 
-    def show(p: engine.Progress) -> None:
+    def show(p: Progress) -> None:
         seconds = round((p.batches - p.batch) * elapsed() / max(1, p.batch))
         where = f"{p.stage} epoch {p.epoch}/{p.epochs} batch {p.batch}/{p.batches}"
         state = f"loss {p.loss:.3f}  top-1 {p.top1:.1f} %  {p.images_per_s:.0f} images/s  epoch ends in {seconds} s"

@@ -66,8 +66,8 @@ class Normaliser:
 class Batches:
     """The training batches of a split.
 
-    batch_size, drop_last, rank, world: see ``Sharding``. ``pad`` zero pixels are put around every image, a random window
-    of the original size is cut, and half of the images are mirrored; ``pad=0, flip=False`` is no augmentation.
+    batch_size, drop_last, rank, world: see ``Sharding``. ``pad`` zero pixels are put around every image, a random
+    window of its size is cut, and half of the images are mirrored; ``pad=0, flip=False`` is no augmentation.
 
     A position in training is (epoch, batch): ``epoch(e, start=b)`` gives batch b and all after it, bit for bit as an
     epoch entered at its start. Images are in channels_last memory format unless that is switched off.

@@ -1,8 +1,9 @@
 """The training loop: stages of a recipe, epochs, steps, states. Plain PyTorch, to be read from top to bottom.
 
 Between two epochs the host reads nothing from the device but, every `log_every` steps, three sums. On the CPU, where
-reading costs nothing, the loss is looked at in every step. BatchNorm sees one part of a batch at a time when gradients
-are accumulated. A run killed at any moment and resumed ends with the bits of one that was never interrupted, on the
+reading costs nothing, the loss is looked at in every step. On a GPU a whole step is one CUDA graph, and so is a batch
+of the evaluation. BatchNorm sees one part of a batch at a time when gradients are accumulated, and the shares of all
+processes together. A run killed at any moment and resumed ends with the bits of one that was never interrupted, on the
 same CPU with as many threads: everything random is a function of the seed and the position, or is in the state.
 """
 
@@ -13,25 +14,30 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.binary_conv import GatedConv2d
 from repbnn_cli.errors import DivergedError, StoppedError
-from repbnn_cli.train import guards, health, measure, recipes, state
+from repbnn_cli.runs import Progress
+from repbnn_cli.train import guards, health, measure, memory, recipes, state
+from repbnn_cli.train.captured import Captured
 from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import Feed, open_feed
 from repbnn_cli.train.guards import Signals
 from repbnn_cli.train.measure import logits_of
+from repbnn_cli.train.norms import synchronised
+from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Recipe, Stage
 from repbnn_cli.train.schedules import Binarization, LearningRate, learning_rate
 from repbnn_cli.train.state import Position, Run
-from repbnn_cli.train.steps import averaged, copy_into, gate_penalty, loss_of, optimizer_for
+from repbnn_cli.train.steps import Step, averaged, copy_into, optimizer_for
 
+Forward = Callable[[Tensor], object]
+Taken = Callable[[Tensor, Tensor], object]
 Package = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
 
 
@@ -40,31 +46,21 @@ class Options:
     """How a run is computed and recorded; nothing of the method.
 
     autocast: bfloat16 where PyTorch's autocast takes it; it rounds what a sign decides on, so results differ.
+    cuda_graph: on a GPU, record a step once and replay it (with several processes steps are never recorded).
     log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
-    within an epoch, 0 for none; keep: states that stay. workers: processes that decode images from folders.
+    within an epoch, 0 for none; save_seconds: an epoch that ends sooner after the last state gets none, but for a
+    stage's last; keep: states that stay. workers: processes that decode images from folders.
     """
 
     channels_last: bool = True
     autocast: bool = False
+    cuda_graph: bool = True
     eval_batch: int = 500
     log_every: int = 50
     save_every: int = 0
+    save_seconds: float = 0.0
     keep: int = 2
     workers: int = 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, with averages over the epoch so far; epoch and batch count from 1."""
-
-    stage: str
-    epoch: int
-    epochs: int
-    batch: int
-    batches: int
-    loss: float
-    top1: float
-    images_per_s: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +92,7 @@ def finetune(
     options: Options | None = None,
     package: Package | None = None,
     about: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Outcome:
@@ -106,15 +103,17 @@ def finetune(
     statistics are estimated anew before the first step, 0 for none; the accuracy after that is epoch 0 of the metrics.
     package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
     about: what the run's record says of the network, plain values: name, arch, beta, target, sha256, source_top1.
+    ranks: the processes that train together, each with the same arguments; rank 0 alone writes.
 
-    Raises UsageError (arguments that do not fit each other, another run in run_dir), DivergedError, and StoppedError
-    after SIGINT or SIGTERM, once the state is saved.
+    Raises UsageError (arguments that do not fit each other, another run in run_dir), DivergedError,
+    MemoryExceededError, and StoppedError after SIGINT or SIGTERM, once the state is saved.
     """
-    options, device = options or Options(), torch.device(device)
+    options, device, ranks = options or Options(), torch.device(device), ranks or Ranks()
     recipe = recipe if epochs is None else recipes.with_epochs(recipe, epochs)
     recipes.check_data(recipe, dataset.name)
     feed = open_feed(dataset, recipe.header, seed=seed, device=device, channels_last=options.channels_last,
-                     eval_batch=options.eval_batch, workers=options.workers)  # fmt: skip
+                     eval_batch=options.eval_batch, workers=options.workers, rank=ranks.rank,
+                     world=ranks.size)  # fmt: skip
     for part in (network, teacher):
         if part is not None:
             part.to(device=device)
@@ -131,21 +130,24 @@ def finetune(
         "calibrate": calibrate,
         "channels_last": options.channels_last,
         "autocast": options.autocast,
+        "processes": ranks.size,
     }
     environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
                    **state.record_of(recipe, about or {}, len(feed.train))}  # fmt: skip
     with ExitStack() as stack:
-        run = stack.enter_context(Run(run_dir, keep=options.keep))
+        run = Run(run_dir, keep=options.keep)
+        ranks.on_first(lambda: _entered(stack, run))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        signals = stack.enter_context(Signals())
-        run.begin(fingerprint, recipe.text, environment, resume=resume)
-        torch.manual_seed(seed)
+        signals = stack.enter_context(Signals(patient=ranks.size > 1))
+        ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment, resume=resume))
+        stack.enter_context(synchronised(network, ranks))
+        torch.manual_seed(seed + ranks.rank)
         facts = {"recipe": recipe.name, "recipe_text": recipe.text, "seed": seed, "data": dataset.name,
                  "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes)}  # fmt: skip
-        trainer = _Trainer(network, recipe, feed, run, fingerprint, options, device, signals, teacher,
+        trainer = _Trainer(network, recipe, feed, run, fingerprint, options, device, ranks, signals, teacher,
                            package or (lambda tensors, about: {"state_dict": tensors, **about}), facts,
                            on_step, on_epoch)  # fmt: skip
-        stored = run.latest(fingerprint) if resume else None
+        stored = ranks.on_first(lambda: run.latest(fingerprint)) if resume else None
         if stored is None:
             trainer.begin(calibrate)
         else:
@@ -153,25 +155,31 @@ def finetune(
         return trainer.train()
 
 
+def _entered(stack: ExitStack, run: Run) -> None:
+    stack.enter_context(run)
+
+
 class _Trainer:
     """The run in memory. `at` is the position of the next step; what `save` writes is what `restore` reads."""
 
     def __init__(
         self, network: nn.Module, recipe: Recipe, feed: Feed, run: Run, fingerprint: Mapping[str, Any],
-        options: Options, device: torch.device, signals: Signals, teacher: nn.Module | None, package: Package,
-        facts: Mapping[str, Any],
+        options: Options, device: torch.device, ranks: Ranks, signals: Signals, teacher: nn.Module | None,
+        package: Package, facts: Mapping[str, Any],
         on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:  # fmt: skip
         self.network, self.recipe, self.feed, self.run = network, recipe, feed, run
-        self.fingerprint, self.options, self.device, self.signals = fingerprint, options, device, signals
+        self.fingerprint, self.options, self.device = fingerprint, options, device
+        self.ranks, self.signals = ranks, signals
         self.teacher, self.package, self.facts = teacher, package, facts
         self.on_step, self.on_epoch = on_step, on_epoch
+        self.captures = options.cuda_graph and device.type == "cuda" and ranks.size == 1
         self.convs = health.binary_convs(network)
-        self.gated = [m for m in self.convs.values() if isinstance(m, GatedConv2d)]
-        self.binarization = Binarization(recipe.header.binarization, network)
+        self.binarization = Binarization(recipe.header.binarization, network, device)
         self.lr = LearningRate(device)
         self.at, self.step = Position(0, 0, 0), 0
-        # loss · images, correct, images of the epoch so far: on the device, read once per epoch.
+        self.saved_at = 0.0
+        # loss · images, correct, images of the epoch so far, of this rank: on the device.
         self.totals = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.signs: dict[str, Tensor] = {}
         self.ema: dict[str, Tensor] = {}
@@ -186,7 +194,7 @@ class _Trainer:
         self.signs = health.signs(self.convs)
         if calibrate:
             measure.calibrate(self.network, self.feed.train.epoch(0), calibrate)
-            result = measure.evaluate(self.network, self.feed.test())
+            result = self._evaluate(self.network)
             self.last_top1 = result.top1
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
                    "test_top1": result.top1, "test_top5": result.top5}  # fmt: skip
@@ -198,32 +206,40 @@ class _Trainer:
         self.at, self.step = Position(*stored["position"]), stored["step"]
         self.signs = {path: sign.to(self.device) for path, sign in stored["signs"].items()}
         self.ema = {name: tensor.to(self.device) for name, tensor in stored["ema"].items()}
-        self.totals.copy_(stored["totals"])
+        self.totals.copy_(stored["totals"][self.ranks.rank])
         self.best, self.last_top1 = dict(stored["best"]), stored["last_top1"]
         self.optimizer_state = stored["optimizer"]
-        torch.set_rng_state(stored["rng"])
+        # Copies: a generator reads the storage behind a view from its beginning.
+        torch.set_rng_state(stored["rng"][self.ranks.rank].clone())
         if self.device.type == "cuda" and stored["rng_device"] is not None:
-            torch.cuda.set_rng_state(stored["rng_device"], self.device)
+            torch.cuda.set_rng_state(stored["rng_device"][self.ranks.rank].clone(), self.device)
 
     def save(self) -> Path:
         """Writes the state of this position; one that is not finite never takes a good one's place."""
         if not health.finite(self.network):
             raise self._diverged("weights are", self.feed.example)
-        return self.run.save(
-            self.at,
-            {
-                "state_dict": self.network.state_dict(),
-                "optimizer": self.optimizer_state,
-                "ema": self.ema,
-                "signs": self.signs,
-                "totals": self.totals,
-                "step": self.step,
-                "best": self.best,
-                "last_top1": self.last_top1,
-                "rng": torch.get_rng_state(),
-                "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
-            self.fingerprint,
+        gather, cuda = self.ranks.gather, self.device.type == "cuda"
+        each = {
+            "totals": gather(self.totals),
+            "rng": gather(torch.get_rng_state()),
+            "rng_device": gather(torch.cuda.get_rng_state(self.device)) if cuda else None,
+        }
+        self.saved_at = time.perf_counter()
+        return self.ranks.on_first(
+            lambda: self.run.save(
+                self.at,
+                {
+                    "state_dict": self.network.state_dict(),
+                    "optimizer": self.optimizer_state,
+                    "ema": self.ema,
+                    "signs": self.signs,
+                    "step": self.step,
+                    "best": self.best,
+                    "last_top1": self.last_top1,
+                    **each,
+                },
+                self.fingerprint,
+            )
         )
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -239,7 +255,7 @@ class _Trainer:
         return Outcome(self.last_top1, top1, epoch, self.run.path, best, last, tuple(self.rows), notes)
 
     def _stage(self, stage: Stage) -> None:
-        epochs = self._epochs(stage)
+        epochs = stage.length(len(self.feed.train))
         optimizer = optimizer_for(self.network, stage, self.lr.value)
         if self.optimizer_state:
             groups = optimizer.state_dict()["param_groups"]
@@ -248,21 +264,26 @@ class _Trainer:
                 group["lr"] = self.lr.value
         if stage.ema and not self.ema:
             self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
+        step = Step(self.network, stage, optimizer, self.totals, teacher=self.teacher, ema=self.ema,
+                    ranks=self.ranks, autocast=self.options.autocast,
+                    watch=self._watch if self.device.type == "cpu" else None)  # fmt: skip
+        taken = Captured(step) if self.captures else step
+        tested = Captured(lambda images: logits_of(self.network(images))) if self.captures else self.network
         with health.float_kernels(self.network, active=stage.kernels == "float"):
             for epoch in range(self.at.epoch, epochs):
-                self._epoch(stage, optimizer, epoch, epochs)
+                self._epoch(stage, step, taken, epoch, epochs)
                 following = (self.at.stage, epoch + 1, 0) if epoch + 1 < epochs else (self.at.stage + 1, 0, 0)
-                self._finish_epoch(stage, optimizer, epoch, Position(*following))
+                self._finish_epoch(stage, optimizer, tested, epoch, Position(*following))
 
-    def _epoch(self, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, epochs: int) -> None:
-        """All steps from `at` to the end of the epoch."""
+    def _epoch(self, stage: Stage, step: Step, taken: Taken, epoch: int, epochs: int) -> None:
+        """All steps from `at` to the end of the epoch; taken: the step, or its recording."""
         self.values = self.binarization.set(epoch, epochs)
         if self.at.batch == 0:
             self.totals.zero_()
             self.binarization.rotate()
         self.network.train()
         batches = self._batches(stage, epoch)
-        earlier = sum(self._epochs(s) for s in self.recipe.stages[: self.at.stage])
+        earlier = sum(s.length(len(self.feed.train)) for s in self.recipe.stages[: self.at.stage])
         self.began, self.images = time.perf_counter(), 0
         if stage.unit == "epochs":
             self._set_lr(stage, epoch)
@@ -271,53 +292,55 @@ class _Trainer:
                 break
             if stage.unit == "iterations":
                 self._set_lr(stage, epoch * len(self.feed.train) + self.at.batch)
-            self._step(stage, optimizer, images, labels)
+            self._step(step, taken, images, labels)
             self.at = self.at._replace(batch=self.at.batch + 1)
-            self.images += len(labels)
-            if self.on_step is not None and self.at.batch % self.options.log_every == 0:
-                loss, correct, count = self.totals.tolist()
-                rate = self.images / (time.perf_counter() - self.began)
-                self.on_step(Progress(stage.name, epoch + 1, epochs, self.at.batch, batches, loss / count,
-                                      100 * correct / count, rate))  # fmt: skip
+            self.images += len(labels) * self.ranks.size
+            if self.at.batch % self.options.log_every == 0:
+                self._look(Progress(stage.name, epoch + 1, epochs, self.at.batch, batches, 0, 0, 0))
             asked = bool(self.options.save_every) and self.at.batch % self.options.save_every == 0
-            if self.signals.received or (asked and self.at.batch < batches):
-                self.optimizer_state = optimizer.state_dict()["state"]
-                self._stop_if_asked(self.save())
+            received = self._received()
+            if received or (asked and self.at.batch < batches):
+                self.optimizer_state = step.optimizer.state_dict()["state"]
+                saved = self.save()
+                if received:
+                    raise self._stopped(received, saved)
 
-    def _step(self, stage: Stage, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        look = self.device.type == "cpu" or self.step % self.options.log_every == 0
-        for x, y in zip(images.chunk(stage.accumulate), labels.chunk(stage.accumulate), strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
-                logits, lesson = logits_of(self.network(x)), self._lesson(stage, x)
-            loss = loss_of(stage, logits, y, lesson) + gate_penalty(stage, self.gated)
-            if look and not torch.isfinite(loss):
-                raise self._diverged("the loss is", x)
-            (loss * (len(y) / len(labels))).backward()
-            with torch.no_grad():
-                correct = (logits.argmax(1) == y).sum()
-                self.totals += torch.stack([loss.detach() * len(y), correct, torch.full_like(loss, len(y))])
-        optimizer.step()
+    def _step(self, step: Step, taken: Taken, images: Tensor, labels: Tensor) -> None:
+        full = False
+        try:
+            taken(images, labels)
+        except RuntimeError as error:
+            full = memory.ran_out(error)
+            if not full:
+                raise
+        if full:  # out of the block above, whose traceback holds on to the memory
+            batch, accumulate = self.recipe.header.batch, step.stage.accumulate
+            step.watch = None
+            raise memory.step_too_large(step, images, labels, batch, accumulate, self.ranks.size, self._kept())
         self.step += 1
-        if self.ema:
-            now = averaged(self.network)
-            torch._foreach_lerp_([*self.ema.values()], [now[name] for name in self.ema], 1 - stage.ema)
 
-    def _lesson(self, stage: Stage, images: Tensor) -> Tensor | None:
-        if not stage.distillation.weight or self.teacher is None:
-            return None
-        with torch.no_grad():
-            return logits_of(self.teacher(images))
+    def _look(self, where: Progress) -> None:
+        """Reads the sums from the device: for whoever watches, and for NaN."""
+        if self.on_step is None and self.device.type == "cpu" and self.ranks.size == 1:
+            return
+        loss, correct, count = self.ranks.sum(self.totals).tolist()
+        if not math.isfinite(loss):
+            raise self._diverged("the loss is", self.feed.example)
+        if self.on_step is not None:
+            rate = self.images / (time.perf_counter() - self.began)
+            self.on_step(replace(where, loss=loss / count, top1=100 * correct / count, images_per_s=rate))
 
-    def _finish_epoch(self, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, following: Position) -> None:
+    def _finish_epoch(
+        self, stage: Stage, optimizer: torch.optim.Optimizer, tested: Forward, epoch: int, following: Position
+    ) -> None:
         """Metrics, best network, and the state of the next position, in this order."""
-        loss, correct, count = self.totals.tolist()
+        loss, correct, count = self.ranks.sum(self.totals).tolist()
         seconds = time.perf_counter() - self.began
         if not math.isfinite(loss) or not health.finite(self.network):
             raise self._diverged("the loss or a weight is", self.feed.example)
         signs = health.signs(self.convs)
         with self._average():
-            result = measure.evaluate(self.network, self.feed.test())
+            result = self._evaluate(tested)
         if self.at.stage != self.best.get("stage") or result.top1 > self.best["top1"]:
             self.best = {"top1": result.top1, "epoch": epoch + 1, "stage": self.at.stage}
             with self._average():
@@ -337,12 +360,24 @@ class _Trainer:
             self.ema, self.optimizer_state = {}, {}
         else:
             self.optimizer_state = optimizer.state_dict()["state"]
-        self._stop_if_asked(self.save())
+        received = self._received()
+        due = time.perf_counter() - self.saved_at >= self.options.save_seconds or following.epoch == 0
+        if received or self.ranks.largest(due):
+            saved = self.save()
+            if received:
+                raise self._stopped(received, saved)
+
+    def _evaluate(self, forward: Forward) -> measure.Evaluation:
+        full = False
+        try:
+            return measure.evaluate(self.network, self.feed.test(), forward=forward, ranks=self.ranks)
+        except RuntimeError as error:
+            full = memory.ran_out(error)
+            if not full:
+                raise
+        raise memory.evaluation_too_large(self.network, next(iter(self.feed.test()))[0], self._kept())
 
     # -- parts --------------------------------------------------------------------------------------------------------
-
-    def _epochs(self, stage: Stage) -> int:
-        return stage.length(len(self.feed.train))
 
     def _batches(self, stage: Stage, epoch: int) -> int:
         batches = len(self.feed.train)
@@ -367,26 +402,43 @@ class _Trainer:
         copy_into(self.network, self.ema)
 
     def _publish(self, name: str, top1: float, epoch: int) -> Path:
-        stage = self.recipe.stages[min(self.at.stage, len(self.recipe.stages) - 1)]
-        about = {**self.facts, "top1": top1, "epoch": epoch, "epochs": self._epochs(stage), "stage": stage.name}
-        return self.run.publish(name, self.package(self.network.state_dict(), about))
+        stage = self._present
+        about = {**self.facts, "top1": top1, "epoch": epoch, "epochs": stage.length(len(self.feed.train)),
+                 "stage": stage.name}  # fmt: skip
+        return self.ranks.on_first(lambda: self.run.publish(name, self.package(self.network.state_dict(), about)))
 
     def _record(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        self.run.record(row, timing)
+        self.ranks.on_first(lambda: self.run.record(row, timing))
         self.rows.append(row)
         if self.on_epoch is not None:
             self.on_epoch({**row, **{k: v for k, v in timing.items() if k not in row}})
 
-    def _stop_if_asked(self, saved: Path) -> None:
-        if self.signals.received:
-            name = signal.Signals(self.signals.received).name
-            text = f"stopped by {name} after step {self.step}; saved {saved}; the same command with --resume continues"
-            raise StoppedError(text, self.signals.received)
+    @property
+    def _present(self) -> Stage:
+        return self.recipe.stages[min(self.at.stage, len(self.recipe.stages) - 1)]
+
+    # -- stopping -----------------------------------------------------------------------------------------------------
+
+    def _received(self) -> int:
+        """The signal that asks this run, or any rank of it, to stop, or 0. Several GPUs ask each other now and then."""
+        if self.ranks.size > 1 and self.device.type == "cuda" and self.at.batch % self.options.log_every:
+            return 0
+        return self.ranks.largest(self.signals.received)
+
+    def _stopped(self, number: int, saved: Path) -> StoppedError:
+        name = signal.Signals(number).name
+        text = f"stopped by {name} after step {self.step}; saved {saved}; the same command with --resume continues"
+        return StoppedError(text, number)
+
+    def _watch(self, loss: Tensor, images: Tensor) -> None:
+        if self.ranks.largest(not torch.isfinite(loss)):
+            raise self._diverged("the loss is", images)
 
     def _diverged(self, what: str, images: Tensor) -> DivergedError:
         layer = health.first_not_finite(self.network, images) or "the loss alone (is a teacher's output finite?)"
+        where = f"stage {self._present.name}, epoch {self.at.epoch + 1}, step {self.step + 1}"
+        return DivergedError(f"{where}: {what} not finite; first in {layer}; {self._kept()}; try a lower optimizer.lr")
+
+    def _kept(self) -> str:
         states = self.run.states()
-        kept = f"the last good state is {states[-1]}" if states else "nothing was saved yet"
-        stage = self.recipe.stages[min(self.at.stage, len(self.recipe.stages) - 1)].name
-        where = f"stage {stage}, epoch {self.at.epoch + 1}, step {self.step + 1}"
-        return DivergedError(f"{where}: {what} not finite; first in {layer}; {kept}; try a lower optimizer.lr")
+        return f"the last good state is {states[-1]}" if states else "nothing was saved yet"

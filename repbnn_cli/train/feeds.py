@@ -45,20 +45,30 @@ def open_feed(
     channels_last: bool = True,
     eval_batch: int = 500,
     workers: int = 2,
+    rank: int = 0,
+    world: int = 1,
 ) -> Feed:
-    """The feed of a run. Raises UsageError for an augmentation that is not for the data set, or a batch too large."""
+    """The feed of a run, or of one rank of it.
+
+    Raises UsageError for an augmentation that is not for the data set, and for a batch too large or not divisible.
+    """
     if batches_in(len(dataset.train), recipe.batch, drop_last=True) == 0:
         count = len(dataset.train)
         raise UsageError(f"batch {recipe.batch}: {dataset.name} has only {count} training images; --set batch={count}")
     look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
-    test = eval_images(dataset, recipe, device=device, channels_last=channels_last, batch=eval_batch, workers=workers)
+    place: dict[str, Any] = {"rank": rank, "world": world}
+    test = eval_images(
+        dataset, recipe, device=device, channels_last=channels_last, batch=eval_batch, workers=workers, **place
+    )
     if isinstance(dataset, ImageFolders):
         how = FOLDERS[recipe.augmentation]
-        folders = FolderBatches(dataset.train, recipe.batch, seed=seed, augmentation=how, workers=workers, **look)
+        folders = FolderBatches(
+            dataset.train, recipe.batch, seed=seed, augmentation=how, workers=workers, **place, **look
+        )
         few = replace(dataset.test, names=dataset.test.names[:2], labels=dataset.test.labels[:2])
         return Feed(folders, test, next(iter(eval_folder_batches(few, 2, workers=0, **look)))[0])
     changed = recipe.augmentation == "cifar"
-    train = Batches(dataset.train, recipe.batch, seed=seed, pad=4 if changed else 0, flip=changed, **look)
+    train = Batches(dataset.train, recipe.batch, seed=seed, pad=4 if changed else 0, flip=changed, **place, **look)
     return Feed(train, test, next(iter(eval_batches(dataset.test, 2, **look)))[0])
 
 
@@ -70,15 +80,19 @@ def eval_images(
     channels_last: bool = True,
     batch: int = 500,
     workers: int = 2,
+    rank: int = 0,
+    world: int = 1,
 ) -> Images:
     """Batches of the test split in order, normalised as the recipe says; each call starts over."""
+    batch = -(-batch // world) * world  # how images are grouped changes no result
     known = FOLDERS if isinstance(dataset, ImageFolders) else MEMORY
     if recipe.augmentation not in known:
         raise UsageError(
             f"augmentation {recipe.augmentation}: is not for {dataset.name}; expected one of {', '.join(known)} (--set "
             "augmentation=...), or another recipe"
         )
-    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
+    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last,
+                            "rank": rank, "world": world}  # fmt: skip
     if isinstance(dataset, ImageFolders):
         folder = dataset.test
         return lambda: eval_folder_batches(folder, batch, workers=workers, **look)

@@ -20,9 +20,16 @@ from repbnn_cli.train.recipes import Recipe
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into `received`; a second one does what it always does."""
+    """Turns the first SIGINT or SIGTERM into `received`; a second one does what it always does.
+
+    patient: a second one does nothing. torchrun hands on what the terminal sends to all, and ends by itself who takes
+    too long.
+    """
 
     received = 0
+
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
 
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
@@ -32,7 +39,8 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.received = number
-        self.__exit__()
+        if not self._patient:
+            self.__exit__()
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

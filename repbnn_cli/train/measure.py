@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
+from repbnn_cli.train.ranks import Ranks
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
@@ -35,17 +37,29 @@ def logits_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Iterable[Batch]) -> Evaluation:
-    """Accuracy in eval mode; the network's mode is as before afterwards. One transfer from the device in all."""
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    forward: Callable[[Tensor], object] | None = None,
+    ranks: Ranks | None = None,
+) -> Evaluation:
+    """Accuracy in eval mode; the network's mode is as before afterwards. One transfer from the device in all.
+
+    forward: computes the network's output in its place; ranks: whose batches are counted together.
+    """
     totals: Tensor | None = None
+    forward = forward or network
     with _modes_kept(network):
         network.eval()
         for images, labels in batches:
-            logits = logits_of(network(images))
+            logits = logits_of(forward(images))
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_full((), len(labels))])
             totals = sums.double() if totals is None else totals + sums
+    if ranks is not None and ranks.size > 1:
+        totals = ranks.sum(torch.zeros(4, dtype=torch.float64, device=device_of(network)) if totals is None else totals)
     if totals is None:
         raise UsageError("evaluate: there are no images; check the data set's test part")
     top1, top5, loss_sum, count = totals.tolist()
@@ -77,6 +91,12 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
     if seen == 0:
         raise UsageError(f"calibrate: saw no batch of the {n} asked for; check the data set and the batch size")
     return seen
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's tensors are; the CPU for one without any."""
+    first = next(itertools.chain(network.parameters(), network.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

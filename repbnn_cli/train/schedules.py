@@ -87,11 +87,15 @@ class Binarization:
     method's schedule or none.
     """
 
-    def __init__(self, name: BinarizationName, network: nn.Module) -> None:
+    def __init__(self, name: BinarizationName, network: nn.Module, device: torch.device | str = "cpu") -> None:
         self.name = name
         scheduled = [m for m in network.modules() if isinstance(m, tuple(_KINDS.values()))]
         self.convs = [m for m in scheduled if isinstance(m, _KINDS.get(name, ()))]
         self.unscheduled = [m for m in scheduled if m not in self.convs]
+        for conv in scheduled:
+            if not isinstance(conv, ReCUConv2d):  # whose τ is a buffer
+                # A step that is recorded on a GPU keeps the value of a tensor on the CPU for good.
+                conv.t, conv.k = conv.t.to(device), conv.k.to(device)
 
     def set(self, epoch: int, epochs: int) -> dict[str, float]:
         """Writes the values of an epoch into the network and returns them by name; nothing where there are no convs."""

@@ -1,15 +1,72 @@
-"""What a training step is made of: the loss, the optimiser, the average of the weights."""
+"""A training step, and what it is made of: the loss, the optimiser, the average of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d
+from repbnn_cli.train.measure import logits_of
+from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Stage
+
+
+class Step:
+    """One step of a stage's optimiser: `step(images, labels)`, with a batch that may be computed in parts.
+
+    All of it happens on the device and in place, so that it can be recorded as one CUDA graph. forward: images to the
+    network's output; by default the network itself. teacher: what the logits are compared with, if anything. totals:
+    (3,) loss · images, correct, images, to which this rank's are added. ema: the average to carry on, {} for none.
+    watch: is shown each part's loss and images before the backward, and may raise.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        totals: Tensor,
+        *,
+        forward: Callable[[Tensor], object] | None = None,
+        teacher: nn.Module | None = None,
+        ema: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
+        autocast: bool = False,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.network, self.stage, self.optimizer, self.totals = network, stage, optimizer, totals
+        self.forward, self.teacher, self.ema = forward or network, teacher, ema or {}
+        self.ranks, self.autocast, self.watch = ranks or Ranks(), autocast, watch
+        self.gated = [m for m in network.modules() if isinstance(m, GatedConv2d)]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.stage.accumulate
+        for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+                logits, lesson = logits_of(self.forward(x)), self._lesson(x)
+            loss = loss_of(self.stage, logits, y, lesson) + gate_penalty(self.stage, self.gated)
+            if self.watch is not None:
+                self.watch(loss, x)
+            (loss * (len(y) / len(labels))).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(1) == y).sum()
+                self.totals += torch.stack([loss.detach() * len(y), correct, torch.full_like(loss, len(y))])
+        self.ranks.average_gradients(self.parameters)
+        self.optimizer.step()
+        if self.ema:
+            now = averaged(self.network)
+            torch._foreach_lerp_([*self.ema.values()], [now[name] for name in self.ema], 1 - self.stage.ema)
+
+    def _lesson(self, images: Tensor) -> Tensor | None:
+        if not self.stage.distillation.weight or self.teacher is None:
+            return None
+        with torch.no_grad():
+            return logits_of(self.teacher(images))
 
 
 def loss_of(stage: Stage, logits: Tensor, labels: Tensor, lesson: Tensor | None) -> Tensor:
@@ -48,7 +105,7 @@ def optimizer_for(network: nn.Module, stage: Stage, lr: Tensor) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     fused = True if lr.is_cuda else None  # on a GPU the only kind that takes the rate from the device
     if made.name == "adam":
-        return torch.optim.Adam(groups, lr=lr, betas=made.betas, fused=fused)
+        return torch.optim.Adam(groups, lr=lr, betas=made.betas, fused=fused, capturable=lr.is_cuda)
     return torch.optim.SGD(groups, lr=lr, momentum=made.momentum, nesterov=made.nesterov, fused=fused)
 
 

@@ -1,0 +1,88 @@
+"""Out of memory: recognised, and turned into the batch size that would fit, which is measured."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from repbnn_cli.errors import MemoryExceededError
+
+# What PyTorch's allocator says of the computer's own memory, which it has no error class for.
+_CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, of a GPU or of the computer."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _CPU)
+
+
+def step_too_large(
+    step: Callable[[Tensor, Tensor], object], images: Tensor, labels: Tensor, batch: int, accumulate: int,
+    processes: int, kept: str,
+) -> MemoryExceededError:  # fmt: skip
+    """Says which batch would fit a step that ran out of memory with this one, by trying.
+
+    The steps are taken for good: what is in memory is lost, `kept` says what is on the disk.
+    """
+    text = f"a step with batch {batch} does not fit into the memory of {images.device}"
+    if processes > 1:  # a step by one of them would wait for the others
+        advice = f"start another run with --set accumulate={2 * accumulate}, or a smaller batch"
+        return MemoryExceededError(f"{text}, cut among {processes} processes; {kept}; {advice}")
+    fits = largest_fitting(lambda n: step(images[:n], labels[:n]), below=len(labels))
+    if fits == 1:
+        return MemoryExceededError(f"{text}, nor do 2 images; {kept}; use a smaller network")
+    parts = math.ceil(batch * accumulate / fits)
+    return MemoryExceededError(
+        f"{text}; measured: {fits} images fit; {kept}; start another run with --set batch={fits}, or with --set "
+        f"accumulate={parts} (BatchNorm then sees one part of a batch at a time)"
+    )
+
+
+def evaluation_too_large(network: nn.Module, images: Tensor, kept: str) -> MemoryExceededError:
+    """Says how many test images at a time would fit, by trying."""
+    with torch.no_grad():
+        fits = largest_fitting(lambda n: network.eval()(images[:n]), below=len(images))
+    return MemoryExceededError(
+        f"{len(images)} test images at a time do not fit into the memory of {images.device}; measured: {fits} fit; "
+        f"{kept}; --resume --eval-batch {fits} goes on"
+    )
+
+
+def largest_fitting(attempt: Callable[[int], object], below: int) -> int:
+    """The largest n < below for which attempt(n) does not run out of memory, by bisection; 1 when not even 2 does.
+
+    Not 1 itself: BatchNorm in training refuses a single value per channel.
+    To be called outside of any `except` block: the traceback of a failed attempt holds on to that attempt's tensors.
+    """
+    release()
+    fits, fails = 1, below
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if _fits(attempt, middle):
+            fits = middle
+        else:
+            fails = middle
+    return fits
+
+
+def _fits(attempt: Callable[[int], object], n: int) -> bool:
+    try:
+        attempt(n)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return False
+    finally:
+        release()
+    return True
+
+
+def release() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
