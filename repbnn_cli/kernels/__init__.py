@@ -6,6 +6,7 @@
 | reference.py | every operator in plain torch: exact, on any device |
 | blocks.py | packed blocks for inference: a binary convolution and all that follows it up to the next sign |
 | sign_packing.py | packing and unpacking in Triton |
+| rep_batch_norm.py | BatchNorm of training over a repeat, with residual, clamp and sign, in Triton |
 | binary_conv2d.py | the binary convolution of training, in Triton, with its gradient |
 
 Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for

@@ -92,3 +92,13 @@ def finish_block(
         stored.permute(0, 3, 1, 2) if values else None,
         pack_activations(shifted.permute(0, 3, 1, 2)) if signs else None,
     )
+
+
+def rep_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5, clamp: bool = False
+) -> Tensor:
+    """Training-mode BatchNorm of x (N, C, H, W) repeated to len(weight) = R·C channels, + residual, then hardtanh."""
+    repeated = x.repeat(1, len(weight) // x.shape[1], 1, 1)  # channel j is a copy of j mod C
+    values = F.batch_norm(repeated, None, None, weight, bias, training=True, eps=eps)
+    values = values if residual is None else values + residual
+    return F.hardtanh(values) if clamp else values
