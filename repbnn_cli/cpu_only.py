@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repbnn_cli.legacy import legacy_functions
+
 _CPU = torch.device("cpu")
 _LEGACY_TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 
@@ -44,9 +46,16 @@ def is_foreign(model: nn.Module) -> bool:
     return any(not type(m).__module__.startswith(("torch.", "repbnn_cli.")) for m in model.modules())
 
 
+@contextlib.contextmanager
+def foreign_code() -> Iterator[None]:
+    """Around code that was written for other machines and other times: CUDA may be missing, functions may be old."""
+    with cpu_only(), legacy_functions():
+        yield
+
+
 def running(model: nn.Module) -> AbstractContextManager[None]:
-    """`cpu_only` around foreign code, nothing around ours: it costs a little at every operation."""
-    return cpu_only() if is_foreign(model) else contextlib.nullcontext()
+    """`foreign_code` around foreign code, nothing around ours: it costs a little at every operation."""
+    return foreign_code() if is_foreign(model) else contextlib.nullcontext()
 
 
 def _substitutes() -> Iterator[tuple[Any, str, Any]]:

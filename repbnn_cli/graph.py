@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.cpu_only import cpu_only
+from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.functional import as_modules
 from repbnn_cli.modes import join
@@ -117,7 +117,7 @@ def capture(
         opinion = leaf(path, module) if leaf else None
         return is_leaf(module) if opinion is None else opinion
 
-    with contextlib.nullcontext() if shapes_only else cpu_only():
+    with contextlib.nullcontext() if shapes_only else foreign_code():
         traced = _trace(model, examples, policy, shapes_only)
         if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
             # it decides on values, or what it applies has to be looked at; zeros are not the network's

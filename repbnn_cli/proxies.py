@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from repbnn_cli.errors import CaptureError
 
 _PACKAGE = tuple(
-    str(Path(__file__).parent / f"{name}.py") for name in ("tracer", "proxies", "graph", "probe", "cpu_only")
+    str(Path(__file__).parent / f"{name}.py") for name in ("tracer", "proxies", "graph", "probe", "cpu_only", "legacy")
 )
 _TORCH_FILES = str(Path(torch.__file__).parent)
 INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "iand", "ior", "ixor", "ipow", "imod")

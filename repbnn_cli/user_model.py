@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.cpu_only import cpu_only
+from repbnn_cli.code_base import findable
+from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError, CheckpointError, UsageError
 from repbnn_cli.identify import Difference, Ignores, compare, nothing, other_classes, prefixes_to_try, shapes_of
 
@@ -44,10 +45,10 @@ def build(
 ) -> nn.Module:
     """Import what ``spec`` names, call it with ``args``, and return the network, out of DataParallel and the like.
 
-    The file's folder and the working directory are importable meanwhile, ``sys.argv`` holds only the file, standard
-    output goes to standard error, CUDA means the CPU where there is none (``cpu_only``), and ``around`` is active
-    during import and call. Raises UsageError for a wrong ``spec`` or wrong ``args``, CaptureError for an error in the
-    user's code, with file and line.
+    The file's folder, the working directory and what lies above the file (``code_base``) are importable meanwhile,
+    ``sys.argv`` holds only the file, standard output goes to standard error, CUDA means the CPU where there is none,
+    functions of the old kind run (``foreign_code``), and ``around`` is active during import and call. Raises UsageError
+    for a wrong ``spec`` or wrong ``args``, CaptureError for an error in the user's code, with file and line.
     """
     location, name = _parted(spec)
     file = Path(location).resolve() if location.endswith(".py") or os.sep in location else None
@@ -59,7 +60,7 @@ def build(
     folders = [str(Path.cwd())] if file is None else [str(file.parent), str(_package_root(file)), str(Path.cwd())]
     _forget_others(folders)
     before = set(sys.modules)
-    with around or contextlib.nullcontext(), cpu_only(), _as_a_script(file, folders):
+    with around or contextlib.nullcontext(), foreign_code(), _as_a_script(file, folders), findable(file) as above:
         try:
             with _explained(spec):
                 module = _import_named(spec, location) if file is None else _import_file(file)
@@ -67,7 +68,7 @@ def build(
             with _explained(spec):
                 model = _called(spec, target, dict(args or {}))
         finally:
-            _remember(before, folders)
+            _remember(before, [*folders, *above])
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec}: gives a {type(model).__name__}, not an nn.Module; name a function that returns one")
     return _unwrapped(model)
