@@ -1,0 +1,125 @@
+"""Two forms of one network compared on the same images: do they predict the same?
+
+Both add up the same integers, but scales and shifts are rounded differently (about 1e-7 of a value), and a value that
+close to zero may get the other sign; an exact zero, sign 0 in torch, has +1 in packed bits. (Zeros are less rare than
+they look: behind hardtanh many values are exactly ±1, and one BatchNorm output of exactly ∓1 then meets all of them.)
+One flipped sign of thousands changes logits visibly in some networks, and says nothing about a kernel. So agreement is
+stated in two parts, per image:
+
+* the first signs that differ (in the order of the network) belong to values within `NEAR_ZERO` of zero, relative to the
+  largest value of their tensor: rounding, and nothing else, flipped them;
+* images without any such sign have logits within `TOLERANCE` of each other, relative to the largest logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repbnn_cli.deploy.forms import centre
+from repbnn_cli.deploy.fuse import Fused, FusedBlock
+from repbnn_cli.graph import Network
+from repbnn_cli.kernels.packing import unpack_activations
+from repbnn_cli.kernels.reference import binarize
+
+TOLERANCE = 1e-4
+NEAR_ZERO = 1e-4
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """images in all; flipped: of these, images with a sign that rounding flipped, or an exact zero, somewhere.
+
+    largest_flip: the largest |value| / max |value| among the first differing signs; logits: the largest |Δ| / max
+    |logit| over images without flips; same_class: images with the same first class, flipped ones included.
+    """
+
+    images: int
+    flipped: int
+    largest_flip: float
+    logits: float
+    same_class: int
+
+    @property
+    def holds(self) -> bool:
+        return self.largest_flip <= NEAR_ZERO and self.logits <= TOLERANCE
+
+    def __str__(self) -> str:
+        same = f"{self.same_class} of {self.images} images in the same class"
+        flips = f"{self.flipped} with signs that rounding decides (values within {self.largest_flip:.0e} of zero)"
+        return (
+            f"{same}; logits differ by {self.logits:.1e} of the largest; {flips if self.flipped else 'no sign differs'}"
+        )
+
+
+@torch.no_grad()
+def compare(plain: Network, fused: Fused, batches: Iterable[Tensor]) -> Agreement:
+    """The network as it is beside its fused form, image by image. Both on one device and in eval mode."""
+    parts = [_compare(plain, fused, images) for images in batches]
+    return Agreement(
+        sum(p.images for p in parts),
+        sum(p.flipped for p in parts),
+        max((p.largest_flip for p in parts), default=0.0),
+        max((p.logits for p in parts), default=0.0),
+        sum(p.same_class for p in parts),
+    )
+
+
+def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
+    before, after = _Inputs(), _Inputs()
+    with before.of(plain.module.get_submodule(b.path) for b in fused.blocks), after.of(fused.blocks):
+        expected, given = _logits(plain.module(images)), _logits(fused.module(images))
+    clean = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    largest = 0.0
+    for block, x, seen in zip(fused.blocks, before.seen, after.seen, strict=True):
+        x = centre(x) if block.centred else x
+        signs = unpack_activations(seen, x.shape[1]) if seen.dtype == torch.int32 else _signs(seen, block)
+        flips = x.sign() != signs  # an exact 0 among them: packed bits have no sign 0
+        first = flips.flatten(1).any(1) & clean  # what differs further down follows from the first
+        if bool(first.any()):
+            largest = max(largest, float((x.abs() * flips)[first].max() / x.abs().max()))
+            clean &= ~first
+    difference = (expected - given).abs()[clean]
+    return Agreement(
+        len(images),
+        int((~clean).sum()),
+        largest,
+        float(difference.max() / expected.abs().max()) if len(difference) else 0.0,
+        int((expected.argmax(1) == given.argmax(1)).sum()),
+    )
+
+
+def _signs(x: Tensor, block: FusedBlock) -> Tensor:
+    return binarize(centre(x) if block.centred else x)
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits of a forward; a network with a teacher inside returns (logits, teacher logits)."""
+    logits: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return logits.flatten(1)
+
+
+class _Inputs:
+    """The first argument of every call of some modules, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    @contextmanager
+    def of(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        unique = {id(m): m for m in modules}  # a module called twice is watched once
+        hooks = [m.register_forward_pre_hook(self._keep) for m in unique.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        self.seen.append(args[0].clone())  # somebody may write to it later
