@@ -29,6 +29,13 @@ def profile(
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown.")] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")] = None,
     force: Force = False,
+    cross_check: Annotated[
+        bool, typer.Option("--cross-check", help="Count with fvcore, thop and torch too, and explain every gap.")
+    ] = False,
+    max_ops: Annotated[
+        float | None,
+        typer.Option("--max-ops", help="Exit code 4 for more OPs without BN, e.g. 0.9e8; of a result: after."),
+    ] = None,
     key: Key = None,
     unsafe_load: Unsafe = False,
 ) -> None:
@@ -40,14 +47,41 @@ def profile(
     Examples:
     repbnn profile                       the newest result in checkpoints/
     repbnn profile reactnet_a --layers --depth 2 --sort ops
+    repbnn profile ckpt.pth --cross-check
+    repbnn profile rep.repbnn.pt --max-ops 0.9e8   a gate for CI
     """
     from repbnn_cli.commands import costs as commands
 
     commands.profile(
         target, arch=arch, model=model, model_args=model_args, input_size=input_size, per_layer=per_layer, sort=sort,
         depth=depth, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force, key=key,
-        unsafe=unsafe_load,
+        unsafe=unsafe_load, cross_check=cross_check, max_ops=max_ops,
     )  # fmt: skip
+
+
+@app.command()
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(help="Results, checkpoints and zoo names, any number.", metavar="A B ...")
+    ],
+    model: Model = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One row per network as CSV, exact.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table, exact.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")] = None,
+    force: Force = False,
+) -> None:
+    """Networks side by side: sizes, FLOPs, BOPs, OPs, memory, stated accuracy.
+
+    Of a result the Rep network. OPs are without BN, as in the paper's tables.
+
+    \b
+    Examples:
+    repbnn compare ckpt.pth rep.repbnn.pt reactnet_a
+    """
+    from repbnn_cli.commands import costs as commands
+
+    commands.compare(names, model=model, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force)
 
 
 @app.command()

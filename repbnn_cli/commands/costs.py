@@ -3,55 +3,133 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from repbnn_cli import paper, profiler, result, shapes, source, tables, views
+from repbnn_cli import crosscheck, paper, profiler, result, shapes, side_by_side, source, tables, views
 from repbnn_cli import report as report_room
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
-from repbnn_cli.errors import UsageError
-from repbnn_cli.recognize import recognize
+from repbnn_cli.errors import GateError, UsageError
+from repbnn_cli.graph import Network
+from repbnn_cli.recognize import Layer, recognize
 
 
 def profile(
     target: str | None, *, arch: str | None, model: str | None, model_args: str | None, input_size: str | None,
     per_layer: bool, sort: str | None, depth: int | None, as_json: bool, as_csv: bool, markdown: bool,
-    output: str | None, force: bool, key: str | None, unsafe: bool,
+    output: str | None, force: bool, key: str | None, unsafe: bool, cross_check: bool, max_ops: float | None,
 ) -> None:  # fmt: skip
     """Costs of one network, or of both sides of a result."""
     if as_json + as_csv + markdown > 1:
         raise UsageError("--json, --csv and --markdown: give one of them")
+    if as_csv and cross_check:
+        raise UsageError("--csv has no place for --cross-check; use --json, --markdown or neither")
+    if max_ops is not None and not max_ops > 0:
+        raise UsageError(f"--max-ops {max_ops:g}: expected a number of operations above 0, e.g. 0.9e8")
     if depth is not None and depth < 1:
         raise UsageError(f"--depth {depth}: expected 1 or more")
     targets.check_output(output, force=force)
     path = targets.result_or_newest(target)
-    cost: tables.Cost
-    if targets.is_result(path):
-        opened = result.open_result(path, model)
-        cost = _comparison(opened)
-    elif model is None and not Path(path).exists():
-        src = targets.zoo_network(path, input_size)
-        cost = _profile_of(src.model, src.origin)
-    else:
-        src = source.from_checkpoint(
+    sides = _sides(
+        targets.examined(
             path, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
-        cost = _profile_of(src.model, src.origin)
+    )
+    profiles = [side.profile for side in sides]
+    cost: tables.Cost = profiles[0] if len(profiles) == 1 else profiler.compare(*profiles)
+    checks = {s.title: crosscheck.cross_check(s.network, s.layers, s.profile) for s in sides} if cross_check else {}
     if as_json:
-        text = views.json_text({"target": str(path)} | tables.cost_as_dict(cost, sort=sort, depth=depth))
+        plain = {"target": str(path)} | tables.cost_as_dict(cost, sort=sort, depth=depth)
+        text = views.json_text(
+            plain | ({"cross_check": {t: c.as_plain() for t, c in checks.items()}} if checks else {})
+        )
     elif as_csv:
         text = tables.csv_cost(cost, sort=sort, depth=depth)
     elif markdown:
-        text = tables.markdown_cost(cost, layers=per_layer, sort=sort, depth=depth)
+        made = tables.markdown_cost(cost, layers=per_layer, sort=sort, depth=depth)
+        text = "\n".join([made, *(side_by_side.markdown_crosscheck(t, c) for t, c in checks.items())])
     else:
         out = views.console()
-        text = views.rendered(
-            tables.rich_cost(cost, layers=per_layer, sort=sort, depth=depth, width=out.width), out.width
-        )
+        shown = [tables.rich_cost(cost, layers=per_layer, sort=sort, depth=depth, width=out.width)]
+        shown += [side_by_side.rich_crosscheck(t, c) for t, c in checks.items()]
+        text = "\n".join(views.rendered(part, out.width) for part in shown)
     targets.deliver(text, output, force=force)
+    if max_ops is not None:
+        _gate(path, sides[-1], max_ops)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One network with what it costs: the target itself, or source and Rep network of a result."""
+
+    title: str
+    network: Network
+    layers: Mapping[str, Layer]
+    profile: profiler.Profile
+
+
+def _sides(looked: targets.Examined) -> list[_Side]:
+    opened = looked.opened
+    both = [(looked.name, looked.network, looked.layers)]
+    if opened is not None:
+        both = [("before", opened.network, dict(opened.plan.layers)), ("after", looked.network, looked.layers)]
+    return [_Side(title, network, layers, profiler.profile(network, layers)) for title, network, layers in both]
+
+
+def _gate(path: str, side: _Side, limit: float) -> None:
+    """`--max-ops`: OPs without BN, of a result the Rep network's."""
+    value = side.profile.totals.ops_without_bn
+    whose = "the Rep network takes" if side.title == "after" else "takes"
+    if value > limit:
+        raise GateError(f"{path}: {whose} {value:,} OPs without BN, more than --max-ops {limit:,.0f}")
+    if side.profile.omissions:
+        views.say(
+            f"note: --max-ops: {len(side.profile.omissions)} operations are not counted, so {value:,} is a minimum"
+        )
+
+
+def compare(
+    names: Sequence[str], *, model: str | None, as_json: bool, as_csv: bool, markdown: bool, output: str | None,
+    force: bool,
+) -> None:  # fmt: skip
+    """Any number of networks side by side."""
+    if as_json + as_csv + markdown > 1:
+        raise UsageError("--json, --csv and --markdown: give one of them")
+    targets.check_output(output, force=force)
+    entries = [_entry(targets.examined(name, model=model)) for name in names]
+    if as_json:
+        text = views.json_text(side_by_side.entries_as_dict(entries))
+    elif as_csv:
+        text = side_by_side.csv_entries(entries)
+    elif markdown:
+        text = side_by_side.markdown_entries(entries)
+    else:
+        out = views.console()
+        text = views.rendered(side_by_side.rich_entries(entries, width=out.width), out.width)
+    targets.deliver(text, output, force=force)
+
+
+def _entry(looked: targets.Examined) -> side_by_side.Entry:
+    """Accuracy is what the file says; of a Rep network, what was measured after training; of a zoo name, published."""
+    made = profiler.profile(looked.network, looked.layers)
+    accuracy, whose = None, ""
+    arch = registry.ARCHS.get(looked.origin.arch or "")
+    if looked.opened is not None:
+        accuracy, whose = looked.opened.payload.get("training", {}).get("top1"), "measured after training it"
+    elif looked.file is not None:
+        stated = looked.file.accuracy
+        accuracy, whose = (stated.percent, f"stated in the file ({stated.key})") if stated else (None, "")
+    elif arch is not None and (published := paper.accuracy(arch)) is not None:
+        accuracy, whose = published.raw, f"published, RepBNN {published.table}"
+    name = Path(looked.target).name if looked.file or looked.opened else looked.target
+    return side_by_side.Entry(
+        name, looked.name, made.totals, accuracy, whose if accuracy is not None else "", made.omissions
+    )
 
 
 def report(

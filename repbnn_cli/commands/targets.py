@@ -68,7 +68,7 @@ def examined(
         opened = result.open_result(target, model)
         network, layers = shapes.rep_network(opened.plan, opened.module)
         return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
-    if Path(target).exists() or model is not None:
+    if Path(target).exists() or (model is not None and target not in registry.ARCHS):
         src = source.from_checkpoint(
             target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
