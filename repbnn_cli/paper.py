@@ -174,6 +174,17 @@ def accuracies(arch: Arch) -> tuple[Accuracy, ...]:
     return tuple(a for a in _ALL if _is(a, arch))
 
 
+def settings() -> dict[str, tuple[str, ...]]:
+    """The tables with accuracies, each with what its rows vary ("" for the paper's default)."""
+    return {row.table: tuple(dict.fromkeys(r.setting for r in _ALL if r.table == row.table)) for row in _ALL}
+
+
+def row(arch: Arch, table: str, setting: str | None) -> Accuracy | None:
+    """A network's row in a table; setting None: its first one, whose source figure all of them share."""
+    found = (a for a in accuracies(arch) if a.table == table and setting in (None, a.setting))
+    return next(found, None)
+
+
 def costs(arch: Arch, beta: int, last_layer: str) -> tuple[Cost, ...]:
     """Published costs of a network and of its RepBNN; empty where the paper has none for these options."""
     key = (arch.data, arch.network)

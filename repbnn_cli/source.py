@@ -109,6 +109,15 @@ def from_checkpoint(
     return Source(network, origin, file, found.reason, (*file.notes, *found.notes))
 
 
+def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:
+    """A network of the zoo as it starts training, its initialisation drawn with the seed. Raises UsageError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = zoo.build(arch).eval()
+    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[arch].input_shape,)
+    return Source(network, Origin(arch, None, {}, None, shape), reason=f"fresh from the zoo, seed {seed}: not trained")
+
+
 def from_origin(origin: Origin) -> nn.Module:
     """The network of an origin without its weights (zeros), in eval mode; runs the user's code if that builds it."""
     if origin.arch is None:

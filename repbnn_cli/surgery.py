@@ -79,17 +79,18 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     return found
 
 
-def apply(plan: Plan, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+def apply(plan: Plan, state: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> fx.GraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
     dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
     become the same tensor. state: take all tensors from this state dict of a Rep network instead of inheriting them.
+    seed: of fresh values (`inherit: none`).
     """
     with running(plan.network.module):
-        return _apply(plan, state)
+        return _apply(plan, state, seed)
 
 
-def _apply(plan: Plan, state: Mapping[str, Tensor] | None) -> fx.GraphModule:
+def _apply(plan: Plan, state: Mapping[str, Tensor] | None, seed: int) -> fx.GraphModule:
     source = plan.network.module
     edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
@@ -99,7 +100,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None) -> fx.GraphModule:
         tree.__dict__[kind] = copy.deepcopy(source.__dict__[kind], memo)
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
-        _carry_out(tree, edit, plan, made, state)
+        _carry_out(tree, edit, plan, made, state, seed)
     _part_from_source(tree, edited)
     for path, module in plan.added.items():
         parent, _, name = path.rpartition(".")
@@ -130,6 +131,7 @@ def _carry_out(
     plan: Plan,
     made: dict[tuple[int, Any], Tensor],
     state: Mapping[str, Tensor] | None,
+    seed: int,
 ) -> None:
     if edit.action == "per_replica":
         return
@@ -139,7 +141,7 @@ def _carry_out(
     module = fetch(tree, edit.path)
     if edit.action == "repeat_output":
         if edit.reset and state is None:
-            _reset(module, plan.layers[edit.path])
+            _reset(module, plan.layers[edit.path], seed)
         return
     layer = plan.layers[edit.path]
     assert edit.channels is not None
@@ -150,7 +152,7 @@ def _carry_out(
     if not type(module).__module__.startswith(("torch.nn.", "repbnn_cli.")):
         _fit_numbers(module, edit, layer, plan.network)
     if edit.reset and state is None:
-        _reset(module, layer)
+        _reset(module, layer, seed)
     if isinstance(module, RBNNConv2d) and state is None:
         module.rotate_()  # R1 and R2 have other sizes now
     if edit.action == "rep_conv":
@@ -299,13 +301,13 @@ def _number_choices(
         )
 
 
-def _reset(module: nn.Module, layer: Layer) -> None:
-    """`--inherit none`: a fresh start, the same one every time; scales and shifts of norms back to 1 and 0.
+def _reset(module: nn.Module, layer: Layer, seed: int) -> None:
+    """`--inherit none`: a fresh start, the same one for the same seed; scales and shifts of norms back to 1 and 0.
 
     What has no `reset_parameters` keeps its values, but for the kernel.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(zlib.crc32(layer.path.encode()))  # layers of one size must not start alike
+        torch.manual_seed(zlib.crc32(layer.path.encode(), seed))  # layers of one size must not start alike
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
             if callable(reset):

@@ -94,6 +94,7 @@ def report(
         bool, typer.Option("--timestamp/--no-timestamp", help="State when the report was made.")
     ] = True,
     model: Model = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="The table of a sweep's folder instead.")] = None,
     force: Force = False,
 ) -> None:
     """The comparison, ready for a pull request.
@@ -103,10 +104,16 @@ def report(
     \b
     Examples:
     repbnn report --markdown -o REPORT.md
+    repbnn report --sweep runs/table-3 --markdown
     """
     from repbnn_cli.commands import costs as commands
 
     del markdown  # the only format for reading so far
+    if sweep is not None:
+        from repbnn_cli.commands import sweep as sweeps
+
+        sweeps.report(sweep, target=target, as_json=as_json, output=output, force=force)
+        return
     commands.report(target, as_json=as_json, output=output, timestamp=timestamp, model=model, force=force)
 
 

@@ -11,7 +11,12 @@ from repbnn_cli.cli.options import Arch, Force, InputSize, Json, Key, Model, Mod
 
 @app.command()
 def transform(
-    checkpoint: Annotated[str, typer.Argument(help="Trained checkpoint: .pt .pth .th .tar .safetensors ...")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Trained checkpoint (.pt .pth .th .tar .safetensors ...), or a zoo name for a fresh network."
+        ),
+    ],
     beta: Annotated[
         int | None, typer.Option("--beta", "-b", help="Expansion factor β; from the rules if not given.")
     ] = None,
@@ -39,6 +44,7 @@ def transform(
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, change and write nothing.")] = False,
     force: Force = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of fresh values: a zoo name's, and --inherit none's.")] = 0,
     key: Key = None,
     unsafe_load: Unsafe = False,
     as_json: Json = False,
@@ -49,13 +55,14 @@ def transform(
     Examples:
     repbnn transform ckpt.pt --beta 2
     repbnn transform ckpt.pt --model net.py:make --input-size 3x32x32 --dry-run
+    repbnn transform irnet_resnet20 --beta 4 --seed 1     a RepBNN to train from scratch
     """
     from repbnn_cli.commands import transform as commands
 
     commands.transform(
         checkpoint, beta=beta, rules=rules, inherit=inherit, last_layer=last_layer, arch=arch, model=model,
         model_args=model_args, input_size=input_size, output=output, slim=slim, verify=verify, dry_run=dry_run,
-        force=force, key=key, unsafe=unsafe_load, as_json=as_json,
+        force=force, seed=seed, key=key, unsafe=unsafe_load, as_json=as_json,
     )  # fmt: skip
 
 

@@ -57,6 +57,35 @@ def finetune(
     )  # fmt: skip
 
 
+@app.command()
+def sweep(
+    experiment: Annotated[str, typer.Argument(help="Experiment file: networks × variants × seeds (experiments/).")],
+    data: Annotated[str | None, typer.Option("--data", help="Instead of the file's, e.g. cifar10:DIR.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Of every cell, instead of the file's.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key of every cell's recipe.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder; runs/NAME if not given.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Cells at a time; they share a GPU, or the cores.")] = 1,
+    device: Annotated[str | None, typer.Option("--device", help="Handed to `finetune`.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands of all cells, run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a whole table: networks × variants × seeds.
+
+    Each cell is an ordinary run; an interrupted sweep continues with the same command.
+
+    \b
+    Examples:
+    repbnn sweep experiments/table-3.yaml --data cifar10:DIR --epochs 40 --jobs 2
+    repbnn report --sweep runs/table-3 --markdown
+    """
+    from repbnn_cli.commands import sweep as commands
+
+    commands.sweep(
+        experiment, data=data, epochs=epochs, sets=sets or [], out=out, jobs=jobs, device=device, dry_run=dry_run,
+        as_json=as_json,
+    )  # fmt: skip
+
+
 @app.command("calibrate")
 def calibrate_command(
     target: Annotated[str | None, typer.Argument(help="Result; the newest in checkpoints/ if not given.")] = None,

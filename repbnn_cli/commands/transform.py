@@ -10,6 +10,7 @@ import torch
 from repbnn_cli import result, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
+from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
@@ -24,22 +25,26 @@ DEFAULT_RULES = "reptran"
 
 def transform(
     path: str, *, beta: int | None, rules: str | None, inherit: str | None, last_layer: str | None, output: str | None,
-    slim: bool, verify: str, dry_run: bool, force: bool, as_json: bool, **origin: Any,
+    slim: bool, verify: str, dry_run: bool, force: bool, as_json: bool, seed: int, **origin: Any,
 ) -> None:  # fmt: skip
-    """Checkpoint → plan → Rep network → certificate → file."""
+    """Checkpoint, or a fresh network of the zoo → plan → Rep network → certificate → file."""
     if verify not in ("auto", "full", "quick"):
         raise UsageError(f"--verify {verify}: expected auto, full or quick")
-    rule_set = rulebook.load(rules or DEFAULT_RULES).with_options(beta, inherit, last_layer)
+    rule_set = rulebook.load(rules or DEFAULT_RULES)
+    from_zoo = path in registry.ARCHS and not Path(path).exists()
+    if from_zoo and inherit is None:
+        inherit = "none"  # a network that was never trained has nothing to hand down
+    rule_set = rule_set.with_options(beta, inherit, last_layer)
     target = Path(output) if output else source.default_output(path, rule_set.options.beta)
     if not dry_run:
         targets.check_output(output or target, force=force)
-    src = source.from_checkpoint(path, **origin)
+    src = source.fresh(path, seed, origin["input_size"]) if from_zoo else source.from_checkpoint(path, **origin)
     with running(src.model):
         plan = make_plan(src, rule_set)
         if dry_run:
             _show_plan(src, plan, as_json=as_json)
             return
-        rep = surgery.apply(plan)
+        rep = surgery.apply(plan, seed=seed)
         certificate = certify(src, plan, rep, mode=verify)
     payload = result.payload_of(src, plan, rep, certificate, slim=slim)
     if certificate.passed:

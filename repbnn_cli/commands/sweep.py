@@ -1,0 +1,163 @@
+"""`repbnn sweep`: runs the cells of an experiment, each by the commands a person would type, several at a time."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from repbnn_cli import experiments, runs, sweep_report, sweeps, views
+from repbnn_cli.commands import targets
+from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
+from repbnn_cli.experiments import Cell, Experiment
+from repbnn_cli.sweeps import Budget
+
+COMMAND = (sys.executable, "-m", "repbnn_cli")
+
+
+def sweep(
+    file: str, *, data: str | None, epochs: int | None, sets: list[str], out: str | None, jobs: int, device: str | None,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Every cell that is not finished; then the table of what there is."""
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: expected 1 or more")
+    experiment = experiments.load(file)
+    budget = Budget(data or experiment.file.data, epochs or experiment.file.epochs, tuple(sets))
+    folder = Path(out) if out else Path("runs") / experiment.name
+    if dry_run:
+        for cell in experiment.cells:
+            print("\n".join(shlex.join(("repbnn", *step)) for step in _steps(experiment, cell, budget, folder, device)))
+        return
+    sweeps.begin(folder, experiment, budget)
+    failed = _run_all(experiment, budget, folder, jobs, device)
+    read = sweeps.read(folder)
+    if as_json:
+        views.print_json(sweep_report.as_dict(read))
+    else:
+        views.console().print(sweep_report.terminal(read))
+        views.say(*sweep_report.explanation(read))
+    if failed:
+        logs = ", ".join(str(folder / sweeps.LOGS / f"{name}.log") for name in failed)
+        raise RepbnnError(f"{len(failed)} of {len(experiment.cells)} cells failed; see {logs}")
+
+
+def report(folder: str, *, target: str | None, as_json: bool, output: str | None, force: bool) -> None:
+    """The table of a sweep, finished or not."""
+    if target is not None:
+        raise UsageError(f"{target}: --sweep {folder} is a report of its own; give one of them")
+    targets.check_output(output, force=force)
+    read = sweeps.read(folder)
+    text = views.json_text(sweep_report.as_dict(read)) if as_json else sweep_report.markdown(read)
+    targets.deliver(text, output, force=force)
+
+
+def _steps(
+    experiment: Experiment, cell: Cell, budget: Budget, folder: Path, device: str | None
+) -> tuple[tuple[str, ...], ...]:
+    """The commands of a cell: what is there already is not made again, a run that was begun is resumed."""
+    variant, steps = cell.variant, []
+    start = cell.network
+    if variant.transforms:
+        start = str(folder / sweeps.STARTS / cell.result_name)
+        given = (("--beta", variant.beta), ("--rules", variant.rules), ("--inherit", variant.inherit),
+                 ("--last-layer", variant.last_layer))  # fmt: skip
+        options = [text for flag, value in given if value is not None for text in (flag, str(value))]
+        if not Path(start).exists():
+            steps.append(("transform", cell.network, *options, "--seed", str(cell.seed), "-o", start))
+    run_dir = folder / cell.name
+    train = ["finetune", start, "--data", budget.data, "--seed", str(cell.seed), "--run-dir", str(run_dir)]
+    if experiment.file.recipe:
+        train += ["--recipe", experiment.file.recipe]
+    if budget.epochs:
+        train += ["--epochs", str(budget.epochs)]
+    for text in (*variant.set, *budget.sets):
+        train += ["--set", text]
+    if variant.distill:
+        train += ["--distill", str(variant.distill)]
+    if device:
+        train += ["--device", device]
+    if (run_dir / runs.RECORD).exists():
+        train.append("--resume")
+    return (*steps, tuple(train))
+
+
+@dataclass
+class _Running:
+    """The processes at work; a signal is handed on to them, and they save their states."""
+
+    processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopped: int = 0
+
+    def stop(self, number: int, frame: object = None) -> None:
+        self.stopped = number
+        for process in list(self.processes):
+            process.send_signal(number)
+
+    def run(self, command: Sequence[str], log: Path, threads: int | None) -> int:
+        environment = dict(os.environ)
+        if threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        with log.open("ab") as stream:
+            stream.write(f"$ {shlex.join(('repbnn', *command))}\n".encode())
+            stream.flush()
+            with self.lock:
+                if self.stopped:
+                    return 128 + self.stopped
+                # A session of its own: Ctrl-C in a terminal reaches this process alone, which hands it on once.
+                process = subprocess.Popen((*COMMAND, *command), stdout=stream, stderr=stream, env=environment,
+                                           start_new_session=True)  # fmt: skip
+                self.processes.add(process)
+            code = process.wait()
+            self.processes.discard(process)
+        return code
+
+
+def _run_all(experiment: Experiment, budget: Budget, folder: Path, jobs: int, device: str | None) -> list[str]:
+    """Runs the cells that are not finished; the names of those that failed. Raises StoppedError after a signal."""
+    running, failed = _Running(), []
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+
+    def finished(cell: Cell) -> bool:
+        return (folder / cell.name / runs.RECORD).exists() and runs.read(folder / cell.name).finished
+
+    def one(cell: Cell) -> None:
+        if finished(cell):
+            views.say(f"{cell.name}: finished before")
+            return
+        log = folder / sweeps.LOGS / f"{cell.name}.log"
+        if not running.stopped:
+            views.say(f"{cell.name}: begins")
+        for step in _steps(experiment, cell, budget, folder, device):
+            if code := running.run(step, log, threads):
+                if not running.stopped:
+                    failed.append(cell.name)
+                    views.say(f"{cell.name}: failed with exit code {code}: {_last_line(log)}")
+                return
+        views.say(f"{cell.name}: {runs.read(folder / cell.name).best_top1:.2f} % best top-1")
+
+    before = {n: signal.signal(n, running.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(one, experiment.cells))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if running.stopped:
+        raise StoppedError(
+            f"{folder}: stopped; runs have saved their states; the same command continues", running.stopped
+        )
+    return failed
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
