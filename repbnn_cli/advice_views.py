@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Group as Lines
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
+from repbnn_cli.doctor import GROUPS, Item
 from repbnn_cli.explain import Group, Neighbour, Story, Whole
 from repbnn_cli.explain_words import ChannelMap
 from repbnn_cli.lint import SEVERITIES, Outcome
@@ -145,3 +147,24 @@ def _places(places: Sequence[Place], *, every: bool) -> str:
         lines.append(f"{where}{more}: {detail}" if where else detail)
     left = sum(len(paths) for _, paths in details[len(shown) :])
     return "\n".join(lines) + (f"\nand {left} more; --all lists them" if left else "")
+
+
+_MARKS = {"ok": "ok", "absent": "–", "problem": "PROBLEM"}
+
+
+def health(items: Sequence[Item]) -> RenderableType:
+    """Group by group; the last line says how many things are wrong."""
+    lines: list[RenderableType] = []
+    for group in GROUPS:
+        members = [i for i in items if i.group == group]
+        made = Table(box=None, pad_edge=False, show_header=False)
+        made.add_column(width=14, overflow="fold")
+        made.add_column(width=7, no_wrap=True)
+        made.add_column(overflow="fold")
+        for item in members:
+            text = "; ".join(filter(None, (item.value, item.note)))
+            made.add_row(item.name, Text(_MARKS[item.state], style="bold red" * (item.state == "problem")), text)
+        lines += [Text(group, style="bold"), made, ""]
+    problems = sum(i.state == "problem" for i in items)
+    lines.append(Text(f"{problems} problems" if problems != 1 else "1 problem") if problems else Text("no problems"))
+    return Lines(*lines)

@@ -64,3 +64,20 @@ def lint(
         target, strict=strict, every=every, as_json=as_json, arch=arch, model=model, model_args=model_args,
         input_size=input_size, key=key, unsafe=unsafe_load,
     )  # fmt: skip
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has for repbnn, and what is wrong.
+
+    Versions, devices, optional parts and what each would enable, data sets found, known conflicts. The exit code is 0
+    whatever is found.
+
+    \b
+    Examples:
+    repbnn doctor
+    repbnn doctor --json
+    """
+    from repbnn_cli.commands import advice as commands
+
+    commands.doctor(as_json=as_json)

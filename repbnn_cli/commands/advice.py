@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repbnn_cli import advice_views, checkpoint, result, views
+from repbnn_cli import doctor as doctor_room
 from repbnn_cli import lint as lint_room
 from repbnn_cli.commands import targets
 from repbnn_cli.errors import GateError, UsageError
@@ -51,3 +52,12 @@ def lint(target: str | None, *, strict: bool, every: bool, as_json: bool, **orig
     if strict and gravest in ("error", "warning"):
         found = [o.check.name for o in outcomes if o.places and o.check.severity != "note"]
         raise GateError(f"{name}: --strict: found {', '.join(found)}; what to do is in the table")
+
+
+def doctor(*, as_json: bool) -> None:
+    """This machine: what is there, what is missing, what is wrong."""
+    items = doctor_room.examine()
+    if as_json:
+        views.print_json(doctor_room.as_plain(items))
+    else:
+        views.console().print(advice_views.health(items))

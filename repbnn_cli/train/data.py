@@ -37,6 +37,7 @@ __all__ = [
     "data_folder",
     "eval_batches",
     "eval_folder_batches",
+    "find",
     "load",
     "open_data",
 ]
@@ -114,14 +115,25 @@ def _how_to_get(name: str) -> str:
     return f", or run: repbnn data {name}" if name in _COUNTS else ""
 
 
+def find(name: str) -> Path | None:
+    """The first official package of ``cifar10`` or ``cifar100`` in the usual places, not looked into."""
+    places = [folder / part for folder in _places() for part in _packages(name)]
+    return next((path for path in places if path.exists()), None)
+
+
+def _places() -> list[Path]:
+    return [data_folder(), Path("data"), Path()]
+
+
+def _packages(name: str) -> list[str]:
+    return [part for layout in LAYOUTS if layout.data == name for part in (layout.folder, layout.archive)]
+
+
 def _found(name: str) -> Path:
-    """The first official package in the usual places."""
-    places = [data_folder(), Path("data"), Path()]
-    names = [part for layout in LAYOUTS if layout.data == name for part in (layout.folder, layout.archive)]
-    for place in places:
-        for part in names:
-            if (place / part).exists():
-                return place / part
+    found = find(name)
+    if found is not None:
+        return found
+    places, names = _places(), _packages(name)
     raise DataError(
         f"{name}: not found in {', '.join(map(str, places[:2]))} or the current folder (as {', '.join(names)}); "
         f"run: repbnn data {name}, or say where it is with --data {_FORMS[name]}"
