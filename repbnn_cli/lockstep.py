@@ -26,11 +26,14 @@ from repbnn_cli.channels import Compact, Folded, State, Tiled
 from repbnn_cli.inherit import Columns, Kernel, Mean, Tile, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
-from repbnn_cli.probe import ConvCalls
+from repbnn_cli.probe import ConvCall, ConvCalls
 from repbnn_cli.tracer import fetch
 
 # Of the largest value of a tensor: what a different order of summation may cost.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# The terms of a convolution may cancel; rounding then is a part of them, not of the little that is left: this one.
+_CANCELLED = 1e-2
 
 _CONVOLVING = ("rep_conv", "select_inputs")
 
@@ -62,6 +65,7 @@ class Lockstep:
         self.positions: dict[str, tuple[int, int]] = {}
         self.weights: dict[str, int] = {}
         self._kernels: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, float] = {}
         self._references: dict[str, nn.Module] = {}
         self._source: dict[fx.Node, Any] = {}
         self._rep: dict[fx.Node, Any] = {}
@@ -140,6 +144,7 @@ class Lockstep:
             self._kernels.clear()  # one layer's at a time: they are as large as the network
             self.weights[path] = sum(c.kernel.numel() for c in seen.calls[:1])
             self._kernels[path] = [self._summed(self.edits[path], c.kernel) for c in seen.calls]
+            self._terms[path] = max((_sum_of_terms(c) for c in seen.calls), default=0.0)
         return value
 
     # -- source side -------------------------------------------------------------------------------------------------
@@ -282,8 +287,9 @@ class Lockstep:
         elif not wanted.is_floating_point() or not wanted.numel():
             relative = 0.0 if torch.equal(actual, wanted) else float("inf")
         else:
-            scale = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
-            relative = float((actual - wanted).abs().max() / scale)
+            terms = self._terms.get(str(node.target), 0.0) if node.op == "call_module" else 0.0
+            least = max(torch.finfo(wanted.dtype).tiny, _CANCELLED * terms)
+            relative = float((actual - wanted).abs().max() / wanted.abs().max().clamp_min(least))
         place = str(node.target) if node.op == "call_module" else f"{node.meta.get('path', '')}:{node.name}"
         if not relative <= TOLERANCE.get(wanted.dtype, 2e-4):  # also true for nan
             self.failed.append(place)
@@ -330,6 +336,11 @@ def _handed_on(actual: Any, expected: list[Tensor]) -> bool:
     except RuntimeError:  # several elements in one place, as after `expand`
         return False
     return True
+
+
+def _sum_of_terms(call: ConvCall) -> float:
+    """What an output of a convolution would come to if none of its terms cancelled another: max |x| · max Σ|K|."""
+    return float(call.input.abs().max() * call.kernel.abs().flatten(1).sum(1).max())
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -228,16 +228,50 @@ def _axes(
     # Only the first argument has channels; others may be thresholds or modes.
     given = _example_inputs(node, next(iter(tensors.values())))
 
-    def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
-        x = given[0] if order is None else given[0].index_select(1, order.to(given[0].device))
-        with unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for name, value in replaced.items():
-                fetch(module, name).data = value
-            return _first_tensor(module(x, *given[1:]))
+    def probe(training: bool | None) -> Probe:
+        def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
+            x = given[0] if order is None else given[0].index_select(1, order.to(given[0].device))
+            with unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                if training is not None:
+                    module.train(training)
+                for name, value in replaced.items():
+                    fetch(module, name).data = value
+                return _first_tensor(module(x, *given[1:]))
 
-    probe = Probe(run, tensors, kernels, conv.kernel_shape, conv.groups)
-    return {n: probe.place(n, linear=conv.kind == "linear") for n in tensors if n not in kernels}
+        return Probe(run, tensors, kernels, conv.kernel_shape, conv.groups)
+
+    linear = conv.kind == "linear"
+    found = {n: probe(None).place(n, linear=linear) for n in tensors if n not in kernels}
+    for name, (side, axis) in found.items():
+        if side is None:  # without effect in this mode, it may have one in the other
+            found[name] = probe(not module.training).place(name, linear=linear)
+            if found[name][0] is None and not _is_read(module, name, given):
+                found[name] = "out", axis  # any answer is right; it changes with the filters
+    return found
+
+
+def _is_read(module: nn.Module, path: str, inputs: list[Any]) -> bool:
+    """Whether a forward, in training or in eval mode, asks its module for a tensor."""
+    owner_path, _, name = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    original, read = nn.Module.__getattr__, False
+
+    def lookup(asked: nn.Module, attribute: str) -> Any:
+        nonlocal read
+        read = read or (asked is owner and attribute == name)
+        return original(asked, attribute)
+
+    nn.Module.__getattr__ = lookup  # type: ignore[method-assign]
+    try:
+        for training in (True, False):
+            with unchanged(module), torch.no_grad():
+                module.train(training)(*inputs)
+    except Exception:  # somebody else's code on random numbers
+        return True
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+    return read
 
 
 def _example_inputs(node: fx.Node, like: Tensor) -> list[Any]:

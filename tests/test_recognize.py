@@ -187,6 +187,40 @@ def test_and_the_transform_of_such_a_layer_is_right(side: str) -> None:
     assert [c.summary for c in certificate.checks if not c.passed] == []
 
 
+class Idle(Scaled):
+    """A tensor that nobody reads (an older version did), or that counts in training only."""
+
+    def __init__(self, shape: tuple[int, ...], use: str) -> None:
+        super().__init__(shape, "out")
+        self.factor.data.fill_(1.0)
+        self.beta, self.use = nn.Parameter(torch.rand(shape)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.use == "in" and self.training:
+            return y + (x * self.beta).sum(1, keepdim=True)[:, :, 1:-1, 1:-1].mean((2, 3), keepdim=True) * 5
+        if self.use == "hidden":
+            y = y + self._parameters["beta"].sum() * 0 + self.beta.detach() * 0
+        return y
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1)], ids=str)
+def test_a_tensor_that_nobody_reads_hinders_nothing(shape: tuple[int, ...]) -> None:
+    layer = layer_of(Idle(shape, "unread"))
+    assert (layer.role, layer.out_tensors) == ("binary_conv", {"factor": 0, "beta": 0})
+
+
+def test_what_counts_in_training_only_is_found_there() -> None:
+    layer = layer_of(Idle((8, 1, 1), "in"))
+    assert (layer.role, layer.in_tensors) == ("binary_conv", {"beta": 0})
+
+
+def test_what_is_read_without_effect_is_not_guessed() -> None:
+    layer = layer_of(Idle((8, 1, 1), "hidden"))
+    assert layer.role == "unknown"
+    assert "has the tensor beta (8, 1, 1), whose channel axis cannot be told" in layer.evidence
+
+
 def test_looking_leaves_no_trace() -> None:
     model = randomize(Body(Scaled((8, 1, 1), "in")))
     state = {n: t.clone() for n, t in model.state_dict().items()}

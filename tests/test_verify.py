@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import BinaryConv, Body, Residual, Sign, images, planned, randomize, transformed, written
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from repbnn_cli import surgery, zoo
 from repbnn_cli.inherit import Columns, Kernel, Tile
@@ -317,3 +318,32 @@ def test_unobservable_kernels_are_named() -> None:
     assert "kernel not observable: body.0" in certificate.checks[-1].summary
     assert certificate.checks[-1].values["unseen"] == ["body.0"]
     assert certificate.passed
+
+
+class Cancelling(nn.Module):
+    """Each filter adds as many -1 as +1, all alike but for rounding: only rounding is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(3, 8, 3), AllAlike(8, 8, 3, bias=False), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Sign.apply(self.first(x))[:, :4]
+        return self.last(self.conv(torch.cat([x, -x], 1)))
+
+
+class AllAlike(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.abs().mean() * torch.ones_like(self.weight) + 1e-9 * self.weight)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rounding_where_all_terms_cancel_is_no_failure(wrong: bool) -> None:
+    torch.manual_seed(0)
+    model = randomize(Cancelling())
+    plan, rep = transformed(model)
+    assert plan.layers["conv"].role == "binary_conv"
+    if wrong:  # an error of the size of the terms is seen all the same
+        rep.get_submodule("last").weight.data[0, 0] *= 1.02
+        rep.get_submodule("conv").weight.data[0, 0] += 1e6
+    assert verify(model, plan, rep, gradients=True).passed is not wrong
