@@ -109,24 +109,36 @@ def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The payload of a result file; CheckpointError for any other file."""
-    file = checkpoint.load(path)
-    stored = file.metadata.get("repbnn") if file.format == "safetensors" else None
-    if isinstance(stored, str):
-        return {**json.loads(stored), "tensors": file.tensors, "source_tensors": {}, "sha256": file.sha256}
-    if file.payload is None:
+    payload = _payload_in(checkpoint.load(path))
+    if payload is None:
         raise CheckpointError(f"{path}: is not a result of `repbnn transform`; run it first, or use `repbnn inspect`")
-    return {**file.payload, "sha256": file.sha256}
+    return payload
 
 
 def is_result(path: str | os.PathLike[str]) -> bool:
     """Whether the file is a result of `transform`; CheckpointError when it cannot be read at all."""
-    file = checkpoint.load(path)
-    return file.payload is not None or "repbnn" in file.metadata
+    return _payload_in(checkpoint.load(path)) is not None
+
+
+def _payload_in(file: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    stored = file.metadata.get("repbnn") if file.format == "safetensors" else None
+    if isinstance(stored, str):
+        return {**json.loads(stored), "tensors": file.tensors, "source_tensors": {}, "sha256": file.sha256}
+    return None if file.payload is None else {**file.payload, "sha256": file.sha256}
 
 
 def open_result(path: str | os.PathLike[str], model: ModelSource | None = None) -> Result:
     """Builds source and Rep network of a result file; `model` builds a source network that is not in the zoo."""
-    payload = read_payload(path)
+    return _opened(path, read_payload(path), model)
+
+
+def open_if_result(path: str | os.PathLike[str], model: ModelSource | None = None) -> Result | None:
+    """`open_result`, or None for a file that is none; it is read and hashed once."""
+    payload = _payload_in(checkpoint.load(path))
+    return None if payload is None else _opened(path, payload, model)
+
+
+def _opened(path: str | os.PathLike[str], payload: dict[str, Any], model: ModelSource | None) -> Result:
     origin = Origin.from_plain(payload["source"])
     network_module = _source_model(Path(path), origin, model)
     if payload["source_tensors"]:

@@ -45,6 +45,18 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """The best epoch of a stage so far. published, table: see StageRecord; distance: top1 − published, in points."""
+
+    stage: str
+    top1: float
+    epoch: int
+    published: float | None
+    table: str | None
+    distance: float | None
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run is and what it has reached; accuracies in percent.
 
@@ -83,18 +95,23 @@ class RunRecord:
         return sum(stage.epochs for stage in self.stages)
 
     @property
-    def stage(self) -> StageRecord | None:
-        """The last stage that has a row; the one that best_top1 is of."""
-        reached = self.rows[-1]["stage"] if self.rows else None
-        return next((stage for stage in self.stages if stage.name == reached), None)
+    def reached(self) -> tuple[Reached, ...]:
+        """What each stage that has a row reached, in their order."""
+        found = []
+        for stage in self.stages:
+            rows = [row for row in self.rows if row["epoch"] and row["stage"] == stage.name]
+            if rows:
+                best = max(rows, key=lambda row: row["test_top1"])  # the first of equals, as best.pt is
+                distance = None if stage.published is None else best["test_top1"] - stage.published
+                found.append(
+                    Reached(stage.name, best["test_top1"], best["epoch"], stage.published, stage.table, distance)
+                )
+        return tuple(found)
 
     @property
     def distance(self) -> float | None:
         """best_top1 minus the published accuracy of its stage, in points; None where nothing is published."""
-        stage = self.stage
-        if stage is None or stage.published is None or self.best_top1 is None:
-            return None
-        return self.best_top1 - stage.published
+        return self.reached[-1].distance if self.reached else None
 
 
 def read(folder: str | os.PathLike[str]) -> RunRecord:
@@ -134,6 +151,12 @@ def read(folder: str | os.PathLike[str]) -> RunRecord:
         state="finished" if finished else _unfinished(path, stages),
         environment=environment,
     )
+
+
+def other_rank() -> str | None:
+    """The rank of this process, where torchrun started several and it is not the first of them."""
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    return None if rank == "0" else rank
 
 
 def folder_of(checkpoint: str | os.PathLike[str]) -> Path | None:

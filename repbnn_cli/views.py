@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from repbnn_cli import runs
 from repbnn_cli.number_text import compact_shape
 from repbnn_cli.plan import PlanRow
 
@@ -37,7 +38,9 @@ def console(*, error: bool = False) -> Console:
 
 
 def say(*lines: str) -> None:
-    """Messages for the person at the terminal, on stderr."""
+    """Messages for the person at the terminal, on stderr. Of several processes the first alone speaks."""
+    if runs.other_rank():
+        return
     for line in lines:
         print(line, file=sys.stderr)
 

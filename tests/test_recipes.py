@@ -104,15 +104,13 @@ def test_the_published_accuracies_are_those_of_the_paper() -> None:
             assert stated.table == f"RepBNN, {expected.table}"
 
 
-def test_the_distance_to_the_paper_is_in_points() -> None:
-    recipe = recipes.load("irnet-cifar10-resnet20")
-    said = recipes.distance(recipe.stages[-1], "irnet_resnet20", 2, 62.2)
-    assert said == "62.20 % top-1, 25.40 points below the published 87.6 % (RepBNN, Table 7)"
-    assert recipes.distance(recipe.stages[-1], "irnet_resnet20", None, 87.0) == (
-        "87.00 % top-1, 0.50 points above the published 86.5 % (RepBNN, Table 7)"
-    )
-    assert recipes.distance(recipe.stages[-1], "irnet_resnet20", 4, 87.0) is None
-    assert recipes.distance(recipe.stages[-1], None, 2, 87.0) is None
+def test_what_is_published_is_for_networks_like_the_papers() -> None:
+    stage = recipes.load("irnet-cifar10-resnet20").stages[-1]
+    assert stage.stated("irnet_resnet20", 2) == (87.6, "RepBNN, Table 7")
+    assert stage.stated("irnet_resnet20", None) == (86.5, "RepBNN, Table 7")
+    assert stage.stated("irnet_resnet20", 4) is None
+    assert stage.stated("irnet_resnet20", 2, "1_over_beta") is None
+    assert stage.stated(None, 2) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_examples import run
+from train_examples import run, toy
 
-from repbnn_cli import runs
+from repbnn_cli import run_views, runs
 from repbnn_cli.errors import CheckpointError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine
@@ -21,7 +22,10 @@ ABOUT = {"name": "net", "arch": "irnet_resnet20", "beta": 2, "target": "rep.pt",
 
 
 def test_a_finished_run_says_what_it_is_and_what_it_reached(tmp_path: Path) -> None:
-    outcome = run(tmp_path / "run", PUBLISHED, "epochs=2", about=ABOUT, seed=3, calibrate=2)
+    bars = dataclasses.replace(toy(), name="cifar10")
+    outcome = run(
+        tmp_path / "run", PUBLISHED, "epochs=2", "data=cifar10", dataset=bars, about=ABOUT, seed=3, calibrate=2
+    )
     found = runs.read(tmp_path / "run")
     assert found.rows == outcome.rows
     assert [row["epoch"] for row in found.rows] == [0, 1, 2]
@@ -29,7 +33,7 @@ def test_a_finished_run_says_what_it_is_and_what_it_reached(tmp_path: Path) -> N
     assert (found.network, found.arch, found.beta, found.target, found.start_sha256) == (
         "net", "irnet_resnet20", 2, "rep.pt", "ab",
     )  # fmt: skip
-    assert (found.recipe, found.seed, found.data, found.source_top1) == ("toy", 3, "digits", 62.4)
+    assert (found.recipe, found.seed, found.data, found.source_top1) == ("toy", 3, "cifar10", 62.4)
     assert found.stages == (runs.StageRecord("train", 2, 87.6, "Table 7"),)
     assert (found.best_top1, found.best_epoch, found.last_top1) == (
         outcome.best_top1, outcome.best_epoch, outcome.top1,
@@ -37,8 +41,17 @@ def test_a_finished_run_says_what_it_is_and_what_it_reached(tmp_path: Path) -> N
     assert found.distance == pytest.approx(outcome.best_top1 - 87.6)
     assert (found.finished, found.state, found.epochs) == (True, "finished", 2)
     assert found.recipe_text == (tmp_path / "run" / "recipe.yaml").read_text()
+    (reached,) = found.reached
+    assert (reached.top1, reached.epoch, reached.table) == (outcome.best_top1, outcome.best_epoch, "Table 7")
     assert runs.folder_of(outcome.best) == tmp_path / "run"
     assert runs.folder_of(tmp_path / "elsewhere.pt") is None
+
+
+def test_accuracies_published_on_other_data_are_no_measure(tmp_path: Path) -> None:
+    run(tmp_path / "run", PUBLISHED, "epochs=1", "schedule.warmup=0", about=ABOUT)  # on what is called digits
+    found = runs.read(tmp_path / "run")
+    assert found.distance is None
+    assert run_views.distance_lines(found.reached) == []
 
 
 def test_a_stopped_run_says_where_it_goes_on(tmp_path: Path) -> None:

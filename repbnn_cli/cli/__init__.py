@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import repbnn_cli
+from repbnn_cli import runs
 from repbnn_cli.cli import advice, costs, surgery, training  # noqa: F401 — importing them registers their commands
 from repbnn_cli.cli.options import app
 from repbnn_cli.errors import RepbnnError
@@ -51,14 +52,16 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: BaseException, debug: bool) -> int:
+    rank = runs.other_rank()
+    label = "error" if rank is None else f"rank {rank}: error"
     describe = getattr(error, "format_message", None)  # typer's usage errors; the class moved between its versions
     if callable(describe):
         context: Any = getattr(error, "ctx", None)
         where = f" (see `{context.command_path} --help`)" if context else ""
-        print(f"error: {' '.join(describe().split())}{where}", file=sys.stderr)
+        print(f"{label}: {' '.join(describe().split())}{where}", file=sys.stderr)
         return 2
     if isinstance(error, RepbnnError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{label}: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return error.exit_code
@@ -68,7 +71,7 @@ def _explain(error: BaseException, debug: bool) -> int:
         raise error
     text = " ".join(str(error).split()) or "no further description"
     hint = "" if debug else "; --debug shows where"
-    print(f"error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+    print(f"{label}: {type(error).__name__}: {text}{hint}", file=sys.stderr)
     return 1
 
 

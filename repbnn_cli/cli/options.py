@@ -37,4 +37,4 @@ Data = Annotated[
     str | None,
     typer.Option("--data", help="cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR (or an archive), digits."),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]

@@ -25,20 +25,44 @@ def finetune(
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the recipe, e.g. optimizer.lr=0.05.")
     ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", help="Only this stage of the recipe; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of initialisation, shuffling and augmentation.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     run_dir: Annotated[str | None, typer.Option("--run-dir", help="Folder of the run; runs/NAME-RECIPE-seedN.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder, exactly.")] = False,
     distill: Annotated[
-        float, typer.Option("--distill", help="Weight of learning from the source network, 0 to 1.")
+        float,
+        typer.Option("--distill", help="Weight of learning from the source network, or from --teacher: 0 to 1."),
     ] = 0.0,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Checkpoint of a float network to learn from.")
+    ] = None,
+    teacher_arch: Annotated[
+        str | None, typer.Option("--teacher-arch", help="Zoo name of the teacher, where several fit.")
+    ] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option("--teacher-model", help="Your own teacher: file.py:callable or module:callable.")
+    ] = None,
     calibrate: Annotated[
         int, typer.Option("--calibrate", help="Batches for BatchNorm statistics before inherited weights are trained.")
     ] = 50,
     arch: Arch = None,
     model: Model = None,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
+    eval_batch: Annotated[int, typer.Option("--eval-batch", help="Test images at a time; changes no result.")] = 500,
     workers: Annotated[int, typer.Option("--workers", help="Processes that decode images from folders.")] = 2,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU: a step as one recorded graph.")
+    ] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Metrics for TensorBoard, too, in RUN/tensorboard.")
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Copy the best network there when the run is done.")
+    ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train a network by its method's recipe.
@@ -47,13 +71,17 @@ def finetune(
     Examples:
     repbnn finetune rep.repbnn.pt --data cifar10:DIR --epochs 60
     repbnn finetune irnet_resnet20 --data digits --epochs 2
+    repbnn finetune rep.repbnn.pt --data imagenet:DIR --teacher resnet34.pth --teacher-model torchvision.models:resnet34
+    torchrun --nproc-per-node 2 -m repbnn_cli finetune rep.repbnn.pt --data cifar10:DIR
     """
     from repbnn_cli.commands import training
 
     training.finetune(
-        target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], seed=seed, device=device, run_dir=run_dir,
-        resume=resume, distill=distill, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
-        workers=workers, as_json=as_json,
+        target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
+        run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
+        teacher_model=teacher_model, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
+        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, tensorboard=tensorboard, output=output,
+        force=force, as_json=as_json,
     )  # fmt: skip
 
 
@@ -94,7 +122,7 @@ def calibrate_command(
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
     batches: Annotated[int, typer.Option("--batches", help="Training batches to look at.")] = 50,
-    device: Device = "cpu",
+    device: Device = "auto",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="NAME-calibrated.repbnn.pt if not given.")
     ] = None,
@@ -130,7 +158,7 @@ def evaluate(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     arch: Arch = None,
     model: Model = None,
     as_json: Json = False,

@@ -64,8 +64,8 @@ def examined(
 ) -> Examined:  # fmt: skip
     """The network of a result, a checkpoint, or a zoo name. values: a zoo network gets fresh weights instead of zeros,
     so that it can be run."""
-    if is_result(target):
-        opened = result.open_result(target, model)
+    opened = result.open_if_result(target, model) if Path(target).is_file() else None
+    if opened is not None:
         network, layers = shapes.rep_network(opened.plan, opened.module)
         return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
     if Path(target).exists() or (model is not None and target not in registry.ARCHS):

@@ -133,7 +133,7 @@ def finetune(
         "processes": ranks.size,
     }
     environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
-                   **state.record_of(recipe, about or {}, len(feed.train))}  # fmt: skip
+                   **state.record_of(recipe, about or {}, dataset.name, len(feed.train))}  # fmt: skip
     with ExitStack() as stack:
         run = Run(run_dir, keep=options.keep)
         ranks.on_first(lambda: _entered(stack, run))

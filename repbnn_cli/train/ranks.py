@@ -90,12 +90,14 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The body runs on rank 0 and then on the others, which find what it put into a cache."""
+        """The body runs on rank 0 and then, even if it failed, on the others, which find what it put into a cache."""
         if self.size > 1 and not self.first:
             dist.barrier()
-        yield
-        if self.size > 1 and self.first:
-            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.first:
+                dist.barrier()
 
 
 def launched() -> int:

@@ -66,10 +66,13 @@ class Stage(Settings):
         """Length in epochs of so many batches; one in iterations ends within its last epoch."""
         return self.epochs if self.epochs is not None else math.ceil(self.iterations / batches)
 
-    def stated(self, arch: str | None, beta: int | None) -> tuple[float, str] | None:
-        """The published top-1 in percent after this stage, and its table; beta None for a source network."""
+    def stated(self, arch: str | None, beta: int | None, last_layer: str = "all") -> tuple[float, str] | None:
+        """The published top-1 in percent after this stage, and its table; beta None for a source network.
+
+        The papers' Rep networks have β = 2 and the whole last layer; for others nothing is published here.
+        """
         found = self.published.get(arch or "")
-        if found is None or beta not in (None, 2):
+        if found is None or beta not in (None, 2) or last_layer != "all":
             return None
         value = found.raw if beta is None else found.rep
         return None if value is None else (value, found.table)
@@ -215,16 +218,6 @@ def check_data(recipe: Recipe, data: str) -> None:
         raise UsageError(
             f"recipe {recipe.name}: is for {fits}, not for {data}; choose another recipe, or --set data={data}"
         )
-
-
-def distance(stage: Stage, arch: str | None, beta: int | None, top1: float) -> str | None:
-    """How far a top-1 in percent is from what is published after a stage; None where nothing is. See `Stage.stated`."""
-    stated = stage.stated(arch, beta)
-    if stated is None:
-        return None
-    value, table = stated
-    way = "above" if top1 > value else "below"
-    return f"{top1:.2f} % top-1, {abs(top1 - value):.2f} points {way} the published {value} % ({table})"
 
 
 def _assignment(text: str) -> tuple[list[str], dict[str, Any]]:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli import zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
@@ -187,11 +188,18 @@ class Run:
             ) from error
 
 
-def record_of(recipe: Recipe, network: Mapping[str, Any], batches: int) -> dict[str, Any]:
-    """What environment.json says of the run itself, for `runs.read`; network: see `engine.finetune`'s about."""
+def record_of(recipe: Recipe, network: Mapping[str, Any], data: str, batches: int) -> dict[str, Any]:
+    """What environment.json says of the run itself, for `runs.read`; network: see `engine.finetune`'s about.
+
+    A published accuracy is one on the data set that the network was made for; beside others it says nothing.
+    """
     stages = []
+    arch = network.get("arch")
+    if arch is None or zoo.ARCHS[arch].data.lower().replace("-", "") != data:
+        arch = None
     for stage in recipe.stages:
-        value, table = stage.stated(network.get("arch"), network.get("beta")) or (None, None)
+        stated = stage.stated(arch, network.get("beta"), network.get("last_layer", "all"))
+        value, table = stated or (None, None)
         stages.append({"name": stage.name, "epochs": stage.length(batches), "published": value, "table": table})
     return {"recipe": recipe.name, "network": dict(network), "stages": stages}
 

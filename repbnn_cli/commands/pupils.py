@@ -1,0 +1,149 @@
+"""What the training commands name: a network to train or measure, its teacher, its data, its recipe, a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repbnn_cli import result, runs, source, views
+from repbnn_cli import zoo as registry
+from repbnn_cli.errors import UsageError
+from repbnn_cli.source import Origin
+from repbnn_cli.train import engine, recipes
+from repbnn_cli.train.data import Dataset, ImageFolders, open_data
+from repbnn_cli.train.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A network to train or measure. opened: the result file it came from; name: for folders and messages.
+
+    trained_by: the text of the recipe that its weights come from, where the file holds it. target: as it was named;
+    sha256: of that file; source_top1: what the source checkpoint states, in percent.
+    """
+
+    name: str
+    network: nn.Module
+    origin: Origin
+    opened: result.Result | None = None
+    trained_by: str | None = None
+    target: str | None = None
+    sha256: str | None = None
+    source_top1: float | None = None
+
+    @property
+    def beta(self) -> int | None:
+        return self.opened.payload["options"]["beta"] if self.opened else None
+
+    @property
+    def inherited(self) -> bool:
+        """Whether weights were carried over by a transform, so that BatchNorm statistics do not fit them."""
+        return self.opened is not None and self.opened.payload["options"]["inherit"] != "none"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its weights are those of a new network."""
+        return self.target in registry.ARCHS and self.sha256 is None
+
+    def package(self) -> engine.Package | None:
+        """A trained Rep network is a result again, with rules, source and certificate; None for other networks."""
+        opened = self.opened
+        return None if opened is None else lambda tensors, about: result.with_tensors(opened.payload, tensors, about)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of it: `engine.finetune`'s about."""
+        return {"name": self.name, "arch": self.origin.arch, "model": self.origin.model, "beta": self.beta,
+                "last_layer": self.opened.payload["options"]["last_layer"] if self.opened else "all",
+                "target": self.target, "sha256": self.sha256, "source_top1": self.source_top1}  # fmt: skip
+
+
+def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
+    """The network of a result, a checkpoint, or the zoo (without trained weights); the newest result if not given."""
+    if target is None:
+        target = str(result.newest())
+        views.say(f"newest result: {target}")
+    path = Path(target)
+    if not path.exists():
+        if target not in registry.ARCHS:
+            registry.build(target)  # says which names are near
+        origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
+        return Pupil(target, registry.build(target), origin, target=target)
+    name = _name(path)
+    opened = result.open_if_result(path, model)
+    if opened is not None:
+        payload = opened.payload
+        stated = (payload["source"]["accuracy"] or {}).get("top1")
+        return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
+                     target, payload["sha256"], stated)  # fmt: skip
+    src = source.from_checkpoint(target, arch=arch, model=model)
+    trained_by = src.file.metadata.get("recipe_text") if src.file else None
+    known = src.file.accuracy if src.file else None
+    return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,
+                 target=target, sha256=src.file.sha256 if src.file else None,
+                 source_top1=known.percent if known else None)  # fmt: skip
+
+
+def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
+    """The data named, else CIFAR-10 where the network is made for it."""
+    if spec is None and origin.arch and registry.ARCHS[origin.arch].data == "CIFAR-10":
+        spec = "cifar10"
+    if spec is None:
+        raise UsageError("--data: name the data, e.g. cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR or digits")
+    found = open_data(spec)
+    views.say(*(f"note: {n}" for n in found.notes))
+    return found
+
+
+def recipe_of(pupil: Pupil, named: str | None) -> Recipe:
+    """Whose preprocessing to measure with: the recipe named, else the one it was trained by, else its default."""
+    if named is not None:
+        return recipes.load(named, pupil.origin.arch)
+    if pupil.trained_by is not None:
+        return recipes.loads(pupil.trained_by, f"{pupil.name}'s recipe")
+    return recipes.for_network(pupil.origin)
+
+
+def teacher_of(
+    pupil: Pupil, recipe: Recipe, *, file: str | None, arch: str | None, model: str | None, distill: float
+) -> nn.Module | None:
+    """The network to distil from: that of a file, else the source network in a result where `distill` asks for it."""
+    if file is None:
+        for option, value in (("--teacher-arch", arch), ("--teacher-model", model)):
+            if value is not None:
+                raise UsageError(f"{option} {value}: says what is in a teacher's file; name that with --teacher")
+        if not distill:
+            return None
+        if pupil.opened is None or not pupil.opened.payload["source_tensors"]:
+            raise UsageError(
+                "--distill: the teacher is the source network in a result file (one not made with --slim), or what "
+                "--teacher names"
+            )
+        return pupil.opened.network.module
+    if not any(stage.distillation.weight for stage in recipe.stages):
+        raise UsageError(f"--teacher {file}: recipe {recipe.name} learns from no teacher; add --distill WEIGHT, 0 to 1")
+    if not Path(file).exists():
+        raise UsageError(f"--teacher {file}: no such file; name a checkpoint with trained weights")
+    return load(file, arch=arch, model=model).network
+
+
+def device_of(name: str) -> torch.device:
+    """`--device`: auto is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: expected auto, cpu or cuda (cuda:1 for the second GPU)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: PyTorch {torch.__version__} sees no GPU here; use --device cpu")
+    return device
+
+
+def _name(path: Path) -> str:
+    """What to call the network of a file: best.pt of a run is called as the run is."""
+    run = runs.folder_of(path)
+    return path.name.split(".")[0] if run is None else run.name
