@@ -42,6 +42,10 @@ class Example:
     block: PackedBlock
     residual: Tensor | None
 
+    def to(self, device: torch.device) -> Example:
+        residual = None if self.residual is None else self.residual.to(device)
+        return Example(self.x.to(device), self.weight.to(device), self.block.to(device), residual)
+
 
 def example(case: Case, residual_dtype: torch.dtype = torch.float32) -> Example:
     """The same tensors every time for the same case."""
@@ -102,7 +106,7 @@ def check(made: Example, values: Tensor, signs: Tensor, tolerance: float = 1e-5)
     assert values.shape == exact.shape
     error = (values.double() - exact).abs()
     assert (error <= tolerance * (1 + exact.abs())).all(), f"largest error {error.max().item():.3g}"
-    shift = torch.zeros(1) if made.block.sign_shift is None else _channels(made.block.sign_shift)
+    shift = exact.new_zeros(1) if made.block.sign_shift is None else _channels(made.block.sign_shift)
     assert torch.equal(signs, packing.pack_activations(values.float() + shift.float()))
     bits = packing.unpack_activations(signs, made.block.channels) > 0
     clear = (exact + shift).abs() > tolerance * (1 + exact.abs())

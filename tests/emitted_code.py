@@ -21,7 +21,11 @@ Case = dict[str, Any]
 
 
 def compiled(cases: list[Case]) -> list[dict[str, Any]]:
-    """One result per case {kernel: "file:name", signature, constants, warps}, compiled in a process of its own."""
+    """One result per case {kernel: "file:name", signature, constants, warps, divisible}, from a process of its own.
+
+    divisible: arguments known to be divisible by 16, as Triton finds out when it launches a kernel: allocations, most
+    channel numbers. Constants that start with "tl." are names in triton.language.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, __file__], input=json.dumps(cases), env=environment, capture_output=True, text=True
@@ -38,14 +42,21 @@ def _compile(case: Case) -> dict[str, Any]:
 
     module, name = case["kernel"].split(":")
     kernel = getattr(importlib.import_module(f"repbnn_cli.kernels.{module}"), name)
-    constants = case["constants"]
+    constants = {n: _constant(value) for n, value in case["constants"].items()}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.get("divisible", [])}
     signature = {**case["signature"], **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constexprs=constants)
+    source = ASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constexprs=constants, attrs=aligned)
     made = triton.compile(
         source, target=GPUTarget("cuda", ARCHITECTURE, 32), options={"num_warps": case.get("warps", 4)}
     )
     ptx = made.asm["ptx"]
     return {"ptx": ptx, "ttgir": made.asm["ttgir"], **_assembled(ptx)}
+
+
+def _constant(value: Any) -> Any:
+    import triton.language
+
+    return getattr(triton.language, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
 
 
 def _assembled(ptx: str) -> dict[str, int]:

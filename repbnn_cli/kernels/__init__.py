@@ -7,6 +7,8 @@
 | blocks.py | packed blocks for inference: a binary convolution and all that follows it up to the next sign |
 | sign_packing.py | packing and unpacking in Triton |
 | rep_batch_norm.py | BatchNorm of training over a repeat, with residual, clamp and sign, in Triton |
+| rep_bconv_fused.py | a packed block in one kernel, in Triton |
+| binary_mma.py | its product on binary tensor cores |
 | binary_conv2d.py | the binary convolution of training, in Triton, with its gradient |
 
 Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for

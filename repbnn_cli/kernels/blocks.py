@@ -21,19 +21,22 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import Backend, reference
-from repbnn_cli.kernels.packing import tap_sums, unpack_activations, unpack_kernel, word_count
+from repbnn_cli.kernels.packing import pack_activations, tap_sums, unpack_activations, unpack_kernel, word_count
 
 Pair = tuple[int, int]
 Activation = Literal["none", "hardtanh", "rprelu"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBlock:
     """What `run` needs of one block; every tensor on the block's device, one entry per result channel but the kernel.
+
+    Equal to itself only; its tensors are not to be changed in place, since what is derived from them is kept.
 
     packed_weight: (O, kh, kw, ceil(I/32)) int32, see packing.py. scale, shift: (C,) float32.
     residual: whether `run` takes one, (N, C, H', W'), added before the activation.
@@ -76,6 +79,9 @@ class PackedBlock:
                     f"{name}: {_text(tensor)}; expected {shape} float32, for {self.out_channels} filters "
                     f"repeated {self.repeats} times"
                 )
+            if tensor is not None:
+                object.__setattr__(self, name, tensor.contiguous())
+        object.__setattr__(self, "packed_weight", self.packed_weight.contiguous())
 
     @property
     def out_channels(self) -> int:
@@ -138,19 +144,38 @@ def run(
     values: bool = True,
     signs: bool = True,
     dtype: torch.dtype = torch.float32,
+    ringed: bool = False,
+    signs_ring: Pair = (0, 0),
 ) -> tuple[Tensor | None, Tensor | None]:
     """(values, signs) of a block, each None where it is not asked for.
 
     x: packed words (N, H, W, L) int32, or activations (N, I, H, W) of a float dtype, whose signs are used.
     values: (N, C, H', W') of `dtype` (float32, float16, bfloat16), channels_last in memory. signs: (N, H', W',
     ceil(C/32)) int32, of the values as they are stored, so that a next layer sees the same ones in either form.
+    signs_ring: rows and columns of zero words to lay around the signs, the padding of the block that reads them; that
+    block is then told that its x is `ringed`, and need not copy x to pad it.
     """
-    _check_call(block, x, residual)
+    if ringed and x.dtype != torch.int32:
+        raise UsageError("ringed: only packed input can have its padding around it already")
+    _check_call(block, x, residual, ringed)
     if backend.name == "triton":
-        raise UsageError("--backend triton: packed blocks run on torch only so far; --backend torch runs everywhere")
+        from repbnn_cli.kernels import rep_bconv_fused  # imports Triton
+
+        return rep_bconv_fused.launch(
+            block,
+            x if x.dtype == torch.int32 else pack_activations(x),
+            residual,
+            values=values,
+            signs=signs,
+            dtype=dtype,
+            ringed=ringed,
+            signs_ring=signs_ring,
+        )
+    if ringed:
+        x = x[:, block.padding[0] : x.shape[1] - block.padding[0], block.padding[1] : x.shape[2] - block.padding[1]]
     float_signs = unpack_activations(x, block.in_channels) if x.dtype == torch.int32 else reference.binarize(x).float()
     sums = reference.sums_of_signs(float_signs, block.signs_of_kernel, block.stride, block.padding)
-    return reference.finish_block(
+    stored, packed = reference.finish_block(
         sums,
         block.scale,
         block.shift,
@@ -162,9 +187,12 @@ def run(
         signs=signs,
         dtype=dtype,
     )
+    if packed is not None:
+        packed = F.pad(packed, (0, 0, signs_ring[1], signs_ring[1], signs_ring[0], signs_ring[0]))
+    return stored, packed
 
 
-def _check_call(block: PackedBlock, x: Tensor, residual: Tensor | None) -> None:
+def _check_call(block: PackedBlock, x: Tensor, residual: Tensor | None, ringed: bool) -> None:
     packed = x.dtype == torch.int32
     held, wanted = (x.shape[-1], word_count(block.in_channels)) if packed else (x.shape[1], block.in_channels)
     if x.dim() != 4 or held != wanted or not (packed or x.dtype.is_floating_point):
@@ -175,7 +203,9 @@ def _check_call(block: PackedBlock, x: Tensor, residual: Tensor | None) -> None:
     if (residual is not None) != block.residual:
         raise UsageError(f"residual: {'none' if block.residual else 'one'} given to a block that wants "
                          f"{'one' if block.residual else 'none'}")  # fmt: skip
-    size = block.output_size(*(x.shape[1:3] if packed else x.shape[2:4]))
+    height, width = x.shape[1:3] if packed else x.shape[2:4]
+    ring = block.padding if ringed else (0, 0)
+    size = block.output_size(height - 2 * ring[0], width - 2 * ring[1])
     if residual is not None and residual.shape != (x.shape[0], block.channels, *size):
         raise UsageError(f"residual: {_text(residual)}; expected {(x.shape[0], block.channels, *size)}")
 
