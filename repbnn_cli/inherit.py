@@ -74,12 +74,28 @@ class Mean:
         return f"mean of {self.members.beta}"
 
 
+def layout(stored: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape in which a kernel `new` is stored where one of `shape` is stored as `stored`, whose axes are products
+    of neighbouring axes of `shape`: (O, 1, I·k·k), (O·I·k·k, 1). None where they are not."""
+    result: list[int] = []
+    at = 0
+    for size in stored:
+        old, grown = 1, 1
+        while at < len(shape) and old < size:
+            old, grown, at = old * shape[at], grown * new[at], at + 1
+        if old != size:
+            return None
+        result.append(grown)
+    rest = [n for n in (*shape[at:], *new[at:]) if n != 1]
+    return tuple(result) if not rest else None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The kernel (O, I, k...) as (O/b, I·b, k...): K[o, j] = W[members[o][replica[j]], column[j]].
 
     column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
-    shape: (O, I, k...). flat: whether the module keeps it as (N, 1).
+    shape: (O, I, k...). flat: whether the module keeps it in another layout: (N, 1), or (O, 1, I·k·k).
     """
 
     shape: tuple[int, ...]
@@ -92,7 +108,7 @@ class Kernel:
         kernel = tensor.new_empty(self._new_shape)
         for start, stop, block in self._blocks(tensor):
             kernel[:, start:stop] = block
-        return kernel.reshape(-1, *tensor.shape[1:]) if self.flat else kernel
+        return kernel.reshape(self.result_shape(tensor.shape))
 
     @property
     def _new_shape(self) -> tuple[int, ...]:
@@ -100,7 +116,11 @@ class Kernel:
 
     def result_shape(self, source: torch.Size) -> tuple[int, ...]:
         """Of what this makes of a tensor of the shape `source`."""
-        return tuple(source) if self.flat else self._new_shape
+        if not self.flat:
+            return self._new_shape
+        found = layout(tuple(source), self.shape, self._new_shape)
+        assert found is not None, f"{tuple(source)} is no layout of {self.shape}"
+        return found
 
     def made(self, tensor: Tensor, own: Tensor) -> bool:
         """Whether `own` is what this makes of `tensor`, without making it again."""

@@ -18,6 +18,7 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import RulesError
 from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.inherit import layout
 from repbnn_cli.probe import ConvFacts
 from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
@@ -179,13 +180,14 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
     candidates = [n for n, t in tensors.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(tensors[n].shape) == shape]
     # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
-    kernels = tuple(exact or candidates)
+    others = [n for n in candidates if n not in exact and layout(tuple(tensors[n].shape), shape, shape) is not None]
+    kernels = tuple([*exact, *others] if exact else candidates)
     if not kernels:
         return unknown(
             f"holds no tensor of the kernel {shape} that it applies",
             "name it (`kernel:`, `kernel_shape:`) in a rule file",
         )
-    if len({tuple(tensors[n].shape) for n in kernels}) > 1:
+    if not exact and len({tuple(tensors[n].shape) for n in kernels}) > 1:
         return unknown(f"may keep its kernel in {', '.join(kernels)}", "say which (`kernel:`) in a rule file")
     axes = _axes(node, module, kernels, first, tensors)
     if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and "bias" in axes:

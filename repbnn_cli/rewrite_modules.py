@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx, nn
 
@@ -84,9 +86,15 @@ class ModuleWalk(OperatorWalk):
         members = Members(out, beta, "reshape" if self.inherit == "reshape" else "fold", groups)
         width = len(want.index) // groups
         kernel = Kernel(
-            layer.kernel_shape, members, want.index[:width], want.replica[:width], flat=self._is_flat(layer)
+            layer.kernel_shape,
+            members,
+            want.index[:width],
+            want.replica[:width],
+            flat=self._is_flat(layer, layer.kernel),
         )
-        tensors: list[tuple[str, Recipe]] = [(n, kernel) for n in _kernels(layer)]
+        tensors: list[tuple[str, Recipe]] = [
+            (n, replace(kernel, flat=self._is_flat(layer, n))) for n in _kernels(layer)
+        ]
         tensors += [(n, Mean(axis, members)) for n, axis in layer.out_tensors.items()]
         tensors += [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
         after = (out // beta, layer.kernel_shape[1] * beta, *layer.kernel_shape[2:])
@@ -123,10 +131,14 @@ class ModuleWalk(OperatorWalk):
         for path, recipe in recipes.items():
             self._parameter_edit(path, rule, recipe)
 
-    def _is_flat(self, layer: Layer) -> bool:
-        if not layer.kernel:
+    def _is_flat(self, layer: Layer, name: str) -> bool:
+        """Whether a kernel is stored in another layout than (O, I, k...)."""
+        if not name:
             return False
-        return tuple(fetch(self.network.module, f"{layer.path}.{layer.kernel}").shape) != layer.kernel_shape
+        return tuple(fetch(self.network.module, f"{layer.path}.{name}").shape) != layer.kernel_shape
+
+    def _flat_kernel(self, layer: Layer) -> str:
+        return next((n for n in _kernels(layer) if self._is_flat(layer, n)), "")
 
     def _depthwise(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         """A depthwise convolution acts per channel: every replica gets a copy of its filters; its cost grows ×β.
@@ -142,8 +154,8 @@ class ModuleWalk(OperatorWalk):
         x = node.args[0]
         assert isinstance(x, fx.Node)
         state = self._map(x)
-        if self._is_flat(layer):
-            self._refuse(node, f"keeps its depthwise kernel flat, in {layer.kernel}", "store it as (channels, 1, k, k)")
+        if flat := self._flat_kernel(layer):
+            self._refuse(node, f"keeps its depthwise kernel flat, in {flat}", "store it as (channels, 1, k, k)")
         axes = {**dict.fromkeys(_kernels(layer), 0), **layer.out_tensors, **layer.in_tensors}
         tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, state.index)) for n, axis in axes.items()]
         width = len(state.index)
@@ -238,8 +250,8 @@ class ModuleWalk(OperatorWalk):
             recipe = Columns(tuple(tuple(state.index[j] + s * kept for s in shared) for j in taken))
         if share != "all":
             source = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(torch.tensor(taken)), source)
-        if self._is_flat(layer):
-            self._refuse(node, f"a last layer that keeps its kernel flat, in {layer.kernel}", "store it as (out, in)")
+        if flat := self._flat_kernel(layer):
+            self._refuse(node, f"a last layer that keeps its kernel flat, in {flat}", "store it as (out, in)")
         tensors: list[tuple[str, Recipe]] = [(n, recipe) for n in _kernels(layer)]
         tensors += [(n, Tile(a, tuple(state.index[j] for j in taken))) for n, a in layer.in_tensors.items()]
         after = (layer.out_channels, len(taken), *layer.kernel_shape[2:])

@@ -11,7 +11,8 @@ from idiom_networks import Conv, Net, Sign, conv, generic, refusal, transformed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repbnn_cli import graph, rules, surgery
+from repbnn_cli import graph, rules, surgery, verify
+from repbnn_cli.inherit import layout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolutions called as functions
@@ -324,3 +325,57 @@ class TableOfSizes(Conv):
 def test_a_module_that_does_not_run_resized_is_refused_with_its_path() -> None:
     message = refusal(with_conv(TableOfSizes))
     assert "conv: TableOfSizes does not run with its resized tensors" in message
+
+
+class StoredSigns(nn.Conv2d):
+    """Keeps its signs beside the real kernel, in a layout of its own, and writes them in training."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        signs = (self.weight.detach() > 0).float().view(len(self.weight), 1, -1)
+        self.signs = nn.Parameter(signs, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = self.weight - self.weight.detach()
+        if self.training:
+            self.signs.data = (self.weight.detach().view(len(self.weight), 1, -1) > 0).float()
+        return F.conv2d(Sign.apply(x), real + self.signs.view_as(self.weight) * 2 - 1, None, padding=1)
+
+
+class KeepsSigns(Net):
+    def build(self) -> None:
+        self.conv, self.bn = StoredSigns(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + x
+
+
+def test_a_second_copy_of_a_kernel_in_another_layout() -> None:
+    torch.manual_seed(0)
+    model = KeepsSigns().eval()
+    rule_set = rules.load("reptran")
+    plan = surgery.plan(graph.capture(model, (3, 8, 8)), rule_set)
+    layer = plan.layers["conv"]
+    assert (layer.role, layer.kernel, layer.same_tensors) == ("binary_conv", "weight", ("signs",))
+    rep = surgery.apply(plan)
+    signs, weight = rep.get_submodule("conv").signs, rep.get_submodule("conv").weight
+    assert tuple(signs.shape) == (4, 1, 16 * 9)
+    assert torch.equal(signs.view_as(weight) > 0.5, weight > 0)
+    assert verify.verify(model, plan, rep, gradients=True).passed
+
+
+@pytest.mark.parametrize(
+    ("stored", "becomes"),
+    [
+        ((8, 4, 3, 3), (4, 8, 3, 3)),
+        ((288, 1), (288, 1)),
+        ((8, 1, 36), (4, 1, 72)),
+        ((8, 36), (4, 72)),
+        ((1, 32, 9), (1, 32, 9)),
+        ((4, 8, 3, 3), None),
+        ((9, 32), None),
+        ((8, 4, 3), None),
+    ],
+)
+def test_layouts_of_a_kernel(stored: tuple[int, ...], becomes: tuple[int, ...] | None) -> None:
+    assert layout(stored, (8, 4, 3, 3), (4, 8, 3, 3)) == becomes
