@@ -119,7 +119,13 @@ def report(
 
 @app.command()
 def zoo(as_json: Json = False) -> None:
-    """The networks of the paper, with accuracy."""
+    """The networks of the paper, with accuracy.
+
+    \b
+    Examples:
+    repbnn zoo
+    repbnn zoo --json
+    """
     from repbnn_cli.commands import costs as commands
 
     commands.zoo(as_json=as_json)

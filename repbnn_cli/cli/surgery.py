@@ -89,7 +89,12 @@ def inspect(
 
 @rules_app.command("list")
 def rules_list(as_json: Json = False) -> None:
-    """The shipped rule files."""
+    """The shipped rule files.
+
+    \b
+    Examples:
+    repbnn rules list
+    """
     from repbnn_cli.commands import rules as commands
 
     commands.rules_list(as_json=as_json)
@@ -100,7 +105,13 @@ def rules_show(
     name: Annotated[str, typer.Argument(help="Shipped name or path.")],
     resolved: Annotated[bool, typer.Option("--resolved", help="With everything it extends put in.")] = False,
 ) -> None:
-    """The text of a rule file."""
+    """The text of a rule file.
+
+    \b
+    Examples:
+    repbnn rules show reptran > mine.yaml
+    repbnn rules show mine.yaml --resolved
+    """
     from repbnn_cli.commands import rules as commands
 
     commands.rules_show(name, resolved=resolved)
@@ -114,7 +125,12 @@ def rules_check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Whether a rule file is valid and, with --network, what each rule claims."""
+    """Whether a rule file is valid and, with --network, what each rule claims.
+
+    \b
+    Examples:
+    repbnn rules check mine.yaml --network ckpt.pth
+    """
     from repbnn_cli.commands import rules as commands
 
     commands.rules_check(name, network=network, as_json=as_json)

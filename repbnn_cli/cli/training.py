@@ -195,7 +195,12 @@ def data(
 
 @recipes_app.command("list")
 def recipes_list(as_json: Json = False) -> None:
-    """The shipped recipes."""
+    """The shipped recipes.
+
+    \b
+    Examples:
+    repbnn recipes list
+    """
     from repbnn_cli.commands import training
 
     training.recipes_list(as_json=as_json)
@@ -203,7 +208,12 @@ def recipes_list(as_json: Json = False) -> None:
 
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
-    """A recipe with all its values."""
+    """A recipe with all its values.
+
+    \b
+    Examples:
+    repbnn recipes show own-network > mine.yaml
+    """
     from repbnn_cli.commands import training
 
     training.recipes_show(name)
@@ -211,7 +221,12 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Shipped name or path.
 
 @recipes_app.command("check")
 def recipes_check(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
-    """Whether a recipe file is valid."""
+    """Whether a recipe file is valid.
+
+    \b
+    Examples:
+    repbnn recipes check mine.yaml
+    """
     from repbnn_cli.commands import training
 
     training.recipes_check(name)
