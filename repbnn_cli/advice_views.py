@@ -12,9 +12,9 @@ from rich.text import Text
 from repbnn_cli.doctor import GROUPS, Item
 from repbnn_cli.explain import Group, Neighbour, Story, Whole
 from repbnn_cli.explain_words import ChannelMap
-from repbnn_cli.lint import SEVERITIES, Outcome
+from repbnn_cli.lint import CHECKS, SEVERITIES, Outcome
 from repbnn_cli.lint_checks import Place
-from repbnn_cli.number_text import compact_shape, shape_text
+from repbnn_cli.number_text import code, compact_shape, markdown_table, safe, shape_text
 from repbnn_cli.views import PARTS, facts
 
 _WITH = {
@@ -130,6 +130,12 @@ def findings(network: str, outcomes: Sequence[Outcome], *, every: bool = False) 
         names = ", ".join(o.check.name for o in outcomes if o.skipped == reason)
         lines.append(facts([("not checked", f"{names}: {reason}")]))
     return Lines(*lines)
+
+
+def checks_markdown() -> str:
+    """All checks as a table, for docs/lint.md."""
+    rows = [(code(c.name), c.severity, c.title, safe(c.remedy), safe(c.source)) for c in CHECKS]
+    return markdown_table(("check", "severity", "finds", "what to do", "says who"), rows, left=5)
 
 
 def _places(places: Sequence[Place], *, every: bool) -> str:

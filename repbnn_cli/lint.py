@@ -141,7 +141,11 @@ class Outcome:
 def lint(network: Network, layers: dict[str, Layer], *, trained: bool = True) -> tuple[Outcome, ...]:
     """All checks, in the order of the table. trained: whether the network's weights mean something."""
     found = Evidence(
-        network, layers, positions(network, layers), observe(network, layers), profiler.profile(network, layers)
+        network,
+        layers,
+        positions(network, layers),
+        observe(network, layers, latent=trained),
+        profiler.profile(network, layers),
     )
     why = "" if trained else "no trained weights"
     return tuple(Outcome(c, (), why) if c.trained and not trained else Outcome(c, tuple(c.find(found))) for c in CHECKS)

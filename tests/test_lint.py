@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph
+from repbnn_cli.advice_views import checks_markdown
 from repbnn_cli.cli import run
 from repbnn_cli.lint import CHECKS, Outcome, lint, worst
 from repbnn_cli.recognize import recognize
@@ -258,6 +259,10 @@ def test_without_trained_weights_what_needs_them_is_not_checked() -> None:
     assert skipped == {c.name for c in CHECKS if c.trained}
     assert worst(outcomes(model, trained=False)) is None
     assert worst(outcomes(model)) == "error"
+
+
+def test_the_documented_table_is_made_from_the_checks() -> None:
+    assert checks_markdown() in (ROOT / "docs" / "lint.md").read_text("utf-8")
 
 
 def test_looking_changes_nothing() -> None:
