@@ -14,7 +14,7 @@ from repbnn_cli.explain import Group, Neighbour, Story, Whole
 from repbnn_cli.explain_words import ChannelMap
 from repbnn_cli.lint import CHECKS, SEVERITIES, Outcome
 from repbnn_cli.lint_checks import Place
-from repbnn_cli.number_text import code, compact_shape, markdown_table, safe, shape_text
+from repbnn_cli.number_text import code, compact_shape, markdown_table, shape_text
 from repbnn_cli.views import PARTS, facts
 
 _WITH = {
@@ -134,7 +134,7 @@ def findings(network: str, outcomes: Sequence[Outcome], *, every: bool = False) 
 
 def checks_markdown() -> str:
     """All checks as a table, for docs/lint.md."""
-    rows = [(code(c.name), c.severity, c.title, safe(c.remedy), safe(c.source)) for c in CHECKS]
+    rows = [(code(c.name), c.severity, c.title, c.remedy, c.source) for c in CHECKS]
     return markdown_table(("check", "severity", "finds", "what to do", "says who"), rows, left=5)
 
 
