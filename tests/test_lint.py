@@ -304,3 +304,24 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no trained weights" in shown.out
     assert "error: irnet_vgg_small: --strict: found no-residual; what to do is in the table" in shown.err
     assert run(["lint", "irnet_resnet21"]) == 2
+
+
+def test_a_rule_file_says_what_a_network_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "extends: reptran\nmodules:\n  - match: {path: '0'}\n    role: binary_conv\n    kernel: nothing\n"
+    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    torch.save(model.state_dict(), "ckpt.pt")
+    own = ["lint", "ckpt.pt", "--model", "net.py:make", "--input-size", "3x8x8"]
+    assert run(own) == 0
+    assert "no layer is binary" in capsys.readouterr().out
+    assert run([*own, "--rules", "mine.yaml"]) == 2  # it was read
+    assert "mine.yaml:3: 0 has no tensor 'nothing'" in capsys.readouterr().err
+    assert run([*own, "--rules", "nowhere.yaml"]) == 2

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, InputSize, Json, Key, Model, ModelArgs, Unsafe, app
+from repbnn_cli.cli.options import Arch, InputSize, Json, Key, Model, ModelArgs, Rules, Unsafe, app
 
 
 @app.command()
@@ -43,6 +43,7 @@ def lint(
     model: Model = None,
     model_args: ModelArgs = None,
     input_size: InputSize = None,
+    rules: Rules = None,
     every: Annotated[bool, typer.Option("--all", help="List every place, not the first few.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 4 for a warning or an error.")] = False,
     key: Key = None,
@@ -62,7 +63,7 @@ def lint(
 
     commands.lint(
         target, strict=strict, every=every, as_json=as_json, arch=arch, model=model, model_args=model_args,
-        input_size=input_size, key=key, unsafe=unsafe_load,
+        input_size=input_size, rules=rules, key=key, unsafe=unsafe_load,
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from repbnn_cli import checkpoint, result, shapes, source, views
+from repbnn_cli import rules as rulebook
 from repbnn_cli import zoo as registry
-from repbnn_cli.errors import CheckpointError
+from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
@@ -60,12 +61,15 @@ class Examined:
 
 def examined(
     target: str, *, arch: str | None = None, model: str | None = None, model_args: str | None = None,
-    input_size: str | None = None, key: str | None = None, unsafe: bool = False, values: bool = False,
+    input_size: str | None = None, rules: str | None = None, key: str | None = None, unsafe: bool = False,
+    values: bool = False,
 ) -> Examined:  # fmt: skip
     """The network of a result, a checkpoint, or a zoo name. values: a zoo network gets fresh weights instead of zeros,
-    so that it can be run."""
+    so that it can be run; rules: a rule file that says what some of its modules are."""
     opened = result.open_if_result(target, model) if Path(target).is_file() else None
     if opened is not None:
+        if rules is not None:
+            raise UsageError(f"--rules {rules}: {target} is a result, and has its rules in it; leave --rules out")
         network, layers = shapes.rep_network(opened.plan, opened.module)
         return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
     if Path(target).exists() or (model is not None and target not in registry.ARCHS):
@@ -78,8 +82,10 @@ def examined(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 src = replace(src, model=registry.build(target).eval())
-    network = source.capture(src.model, src.origin)
-    return Examined(target, network, recognize(network), src.origin, trained=src.file is not None, file=src.file)
+    declared = rulebook.load(rules) if rules else None
+    network = source.capture(src.model, src.origin, declared)
+    layers = recognize(network, declared.declare if declared else None)
+    return Examined(target, network, layers, src.origin, trained=src.file is not None, file=src.file)
 
 
 def check_output(output: str | Path | None, *, force: bool) -> None:
