@@ -180,14 +180,23 @@ def emitted(case: Case, product: Product) -> dict[str, Any]:
     }
 
 
+def test_sizes_of_one_which_triton_makes_constants_compile() -> None:
+    """A launch turns arguments equal to 1 into compile-time constants, which the interpreter does not."""
+    for_one = emitted(Case(1, 1, batch=1, kernel=1, image=(1, 1)), "binary")
+    pointers = {name: kind for name, kind in for_one["signature"].items() if kind.startswith("*")}
+    sizes = dict.fromkeys(set(for_one["signature"]) - set(pointers), 1)
+    (made,) = compiled([for_one | {"signature": pointers, "constants": for_one["constants"] | sizes, "divisible": []}])
+    assert "and.popc" in made["ptx"]
+
+
 def test_code_for_an_h100_has_the_instruction_its_layout_and_no_spills() -> None:
-    shapes = [Case(32, 8, beta=2, **HARDTANH), Case(128, 32, beta=2, **RPRELU), Case(256, 256, **RPRELU)]
+    shapes = [Case(32, 8, beta=2, **HARDTANH), Case(128, 32, beta=2, **RPRELU), Case(512, 64, beta=2, **RPRELU)]
     wanted = [emitted(case, "binary") for case in shapes] + [emitted(shapes[1], "int8")]
     *binary, int8 = compiled(wanted)
     for result in binary:
         assert "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" in result["ptx"]
         assert result["spills"] == 0
-        assert result["registers"] <= 128
+        assert result["registers"] <= 170  # three programs of 128 threads share the 65536 of a multiprocessor
         # One element per thread, in order, on what the instruction takes: else it would not be a warp's fragment.
         assembly = [line for line in result["ttgir"].splitlines() if "elementwise_inline_asm" in line and "mma" in line]
         layouts = {name for line in assembly for name in _layouts(line)}

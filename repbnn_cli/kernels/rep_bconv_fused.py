@@ -173,7 +173,7 @@ class Tile:
 def tile_of(channels: int, words: int) -> Tile:
     """64 pixels × 32 or 64 channels by four warps, chosen by registers and instructions; nobody has timed it on a GPU.
 
-    channels: of one copy; words: of a filter. 64 × 32 takes about 64 registers a thread, so that seven programs share a
+    channels: of one copy; words: of a filter. 64 × 32 takes 56 to 80 registers a thread: six programs or more share a
     multiprocessor and hide each other's loads, which is what a layer bound by bytes needs. From 2048 products a sum,
     loading and counting the activations once for 64 channels weighs more; 128 channels would take over 200 registers.
     """
