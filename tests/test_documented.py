@@ -73,3 +73,8 @@ def test_commands_that_are_written_down_exist_with_their_options() -> None:
             if "|" not in words and words[0] in {n.split()[0] for n in COMMANDS}:
                 wrong += [f"{page.name}: repbnn {' '.join(words)}: {o}" for o in unknown_options(words)]
     assert wrong == []
+
+
+def test_help_begins_with_what_the_tool_is_for() -> None:
+    assert list(COMMANDS)[:3] == ["transform", "inspect", "explain"]
+    assert list(COMMANDS)[-3:] == ["recipes list", "recipes show", "recipes check"]

@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated, Any
 
 import typer
+from typer.models import CommandInfo
 
 import repbnn_cli
 from repbnn_cli import runs
@@ -16,6 +17,15 @@ from repbnn_cli.cli.options import app
 from repbnn_cli.errors import RepbnnError
 
 __all__ = ["app", "main", "run"]
+
+
+def _name(command: CommandInfo) -> str:
+    return command.name or (command.callback.__name__ if command.callback else "")
+
+
+# What one does with a network, in the order in which one does it; all other commands follow.
+_FIRST = ("transform", "inspect", "explain", "lint", "profile", "compare", "report", "zoo")
+app.registered_commands.sort(key=lambda c: (*_FIRST, _name(c)).index(_name(c)))
 
 
 def _version(value: bool) -> None:

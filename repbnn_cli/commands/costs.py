@@ -101,7 +101,7 @@ def compare(
     if as_json + as_csv + markdown > 1:
         raise UsageError("--json, --csv and --markdown: give one of them")
     targets.check_output(output, force=force)
-    entries = [_entry(targets.examined(name, model=model)) for name in names]
+    entries = [_entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
     if as_json:
         text = views.json_text(side_by_side.entries_as_dict(entries))
     elif as_csv:

@@ -72,7 +72,7 @@ def examined(
             raise UsageError(f"--rules {rules}: {target} is a result, and has its rules in it; leave --rules out")
         network, layers = shapes.rep_network(opened.plan, opened.module)
         return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
-    if Path(target).exists() or (model is not None and target not in registry.ARCHS):
+    if Path(target).exists() or model is not None:
         src = source.from_checkpoint(
             target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
