@@ -147,6 +147,13 @@ def test_half_precision_residual_and_values(dtype: torch.dtype) -> None:
     assert fused(made.block, made.x, made.residual, "int8", dtype=dtype, signs=False)[1] is None
 
 
+def test_an_empty_batch_gives_empty_results() -> None:
+    made = example(Case(33, 8, beta=2)).to(DEVICE)
+    values, signs = run(made.block, made.x[:0], made.residual[:0], backend=TRITON)
+    assert values.shape == (0, 32, 5, 7)
+    assert signs.shape == (0, 5, 7, 1)
+
+
 def test_signs_with_a_ring_feed_the_next_block() -> None:
     first, second = (example(case).to(DEVICE) for case in (Case(33, 16, beta=2), Case(64, 8, beta=2, **HARDTANH)))
     results = []

@@ -108,8 +108,21 @@ def test_what_a_block_refuses() -> None:
         run(block, made.x, backend=TORCH)
     with pytest.raises(UsageError, match=r"residual: \(2, 32, 5, 6\) float32; expected \(2, 32, 5, 7\)"):
         run(block, made.x, made.residual[..., :6], backend=TORCH)
+    with pytest.raises(UsageError, match="values of float64: expected one of float32, float16, bfloat16"):
+        run(block, made.x, made.residual, backend=TORCH, dtype=torch.float64)
+    with pytest.raises(UsageError, match="residual: on meta; expected cpu, where the block is"):
+        run(block, made.x, made.residual.to("meta"), backend=TORCH)
+    with pytest.raises(UsageError, match="ringed: only packed input can have its padding around it already"):
+        run(block, made.x, made.residual, backend=TORCH, ringed=True)
     with pytest.raises(UsageError, match="an input of 1×2 pixels with padding"):
         replace(block, padding=(0, 0)).output_size(1, 2)
+
+
+def test_an_empty_batch_gives_empty_results() -> None:
+    made = example(Case(33, 8, beta=2))
+    values, signs = run(made.block, made.x[:0], made.residual[:0], backend=TORCH)
+    assert values.shape == (0, 32, 5, 7)
+    assert signs.shape == (0, 5, 7, 1)
 
 
 def test_a_block_moves_as_a_whole() -> None:

@@ -30,6 +30,7 @@ from repbnn_cli.kernels.packing import pack_activations, tap_sums, unpack_activa
 
 Pair = tuple[int, int]
 Activation = Literal["none", "hardtanh", "rprelu"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of values
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,8 @@ def run(
     if ringed and x.dtype != torch.int32:
         raise UsageError("ringed: only packed input can have its padding around it already")
     _check_call(block, x, residual, ringed)
+    if dtype not in DTYPES:
+        raise UsageError(f"values of {_name(dtype)}: expected one of {', '.join(map(_name, DTYPES))}")
     if backend.name == "triton":
         from repbnn_cli.kernels import rep_bconv_fused  # imports Triton
 
@@ -200,6 +203,9 @@ def _check_call(block: PackedBlock, x: Tensor, residual: Tensor | None, ringed: 
             f"input: {_text(x)}; expected packed (N, H, W, {word_count(block.in_channels)}) int32, or "
             f"(N, {block.in_channels}, H, W) of a float dtype"
         )
+    for name, given in (("input", x), ("residual", residual)):
+        if given is not None and given.device != block.scale.device:
+            raise UsageError(f"{name}: on {given.device}; expected {block.scale.device}, where the block is")
     if (residual is not None) != block.residual:
         raise UsageError(f"residual: {'none' if block.residual else 'one'} given to a block that wants "
                          f"{'one' if block.residual else 'none'}")  # fmt: skip
@@ -211,4 +217,8 @@ def _check_call(block: PackedBlock, x: Tensor, residual: Tensor | None, ringed: 
 
 
 def _text(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)} {_name(tensor.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

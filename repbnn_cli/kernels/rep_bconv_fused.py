@@ -31,6 +31,7 @@ from torch import Tensor
 from repbnn_cli.kernels import interpreted, launching
 from repbnn_cli.kernels.binary_mma import STEP, binary_product, in_fragments, rows_of_threads
 from repbnn_cli.kernels.blocks import PackedBlock, Pair
+from repbnn_cli.kernels.packing import word_count
 
 Product = Literal["binary", "int8"]
 _fragments: WeakKeyDictionary[PackedBlock, Tensor] = WeakKeyDictionary()
@@ -210,25 +211,27 @@ def launch(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`blocks.run` on the Triton backend; product forces one of the two, for tests."""
     (py, px), (ry, rx) = block.padding, signs_ring
-    words = x.contiguous() if ringed else F.pad(x, (0, 0, px, px, py, py))
+    words = x.contiguous() if ringed or not (py or px) else F.pad(x, (0, 0, px, px, py, py))
     n, full_height, full_width, length = words.shape
     height, width = full_height - 2 * py, full_width - 2 * px
     rows, cols = block.output_size(height, width)
     stored = x.new_empty((n, rows, cols, block.channels), dtype=dtype) if values else None
-    sign_words = -(-block.channels // 32)
+    sign_words = word_count(block.channels)
     laid = x.new_zeros if ry or rx else x.new_empty
     packed = laid((n, rows + 2 * ry, cols + 2 * rx, sign_words)) if signs else None
     channels, tile, product = block.channels // shared_copies(block), tile_for(block), product or product_on(x.device)
     tiles = triton.cdiv(channels, tile.block_n)
     pixels = n * rows * cols
+    grid = (triton.cdiv(pixels, tile.block_m) * tiles,)
     with launching(x):
-        _block[(triton.cdiv(pixels, tile.block_m) * tiles,)](
-            words, _kernel_of(block, channels, tile, product), block.border_sums, block.scale, block.shift,
-            None if residual is None else residual.permute(0, 2, 3, 1).contiguous(), block.rprelu, block.sign_shift,
-            stored, packed, pixels, height, width, rows, cols, full_height * full_width * length, full_width * length,
-            block.out_channels, channels, sign_words, ry, rx,
-            **constants(block, tile, product, dtype), num_warps=tile.warps,
-        )  # fmt: skip
+        if pixels:  # else nothing to launch
+            _block[grid](
+                words, _kernel_of(block, channels, tile, product), block.border_sums, block.scale, block.shift,
+                None if residual is None else residual.permute(0, 2, 3, 1).contiguous(), block.rprelu, block.sign_shift,
+                stored, packed, pixels, height, width, rows, cols, full_height * full_width * length,
+                full_width * length, block.out_channels, channels, sign_words, ry, rx,
+                **constants(block, tile, product, dtype), num_warps=tile.warps,
+            )  # fmt: skip
     return None if stored is None else stored.permute(0, 3, 1, 2), packed
 
 
