@@ -111,10 +111,14 @@ def _kernel(recipe: Kernel) -> str:
 
 
 def _columns(recipe: Columns) -> str:
-    if len(recipe.groups[0]) > 1:
+    width = len(recipe.groups[0])
+    if width > 1:
         step = recipe.groups[0][1] - recipe.groups[0][0]
-        columns = ", ".join(["j", *(f"j + {step * s}" for s in range(1, len(recipe.groups[0])))])
-        return f"column j of {len(recipe.groups)} is the sum of the source's columns {columns}"
+        if recipe.groups == tuple(tuple(j + step * s for s in range(width)) for j in range(len(recipe.groups))):
+            columns = ", ".join(["j", *(f"j + {step * s}" for s in range(1, width))])
+            return f"column j of {len(recipe.groups)} is the sum of the source's columns {columns}"
+        first = " + ".join(map(str, recipe.groups[0]))
+        return f"{len(recipe.groups)} columns, each the sum of {width} of the source's (the first of {first})"
     index = tuple(g[0] for g in recipe.groups)
     size = max(index) + 1
     scale = ""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import Residual, conv, randomize, rule_set, transformed, written
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repbnn_cli.channels import Tiled, concatenated, flattened, plain
 from repbnn_cli.cli import run
 from repbnn_cli.errors import UsageError
 from repbnn_cli.explain import Explainer, Story, Whole
+from repbnn_cli.explain_words import made_from, tiled_text
+from repbnn_cli.inherit import Columns, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +120,39 @@ def test_values_that_were_trained_since_are_said_to_be() -> None:
     assert values["bias"] == "as the transform made them"
     fresh = explainer(Residual(), inherit="none")
     assert {t.made_from for t in story(fresh, "conv1").tensors} == {"a fresh start (inherit: none)"}
+
+
+# -- words for any map -------------------------------------------------------------------------------------------
+
+
+def said_index(text: str) -> list[int]:
+    """The map that a text describes, read as a person would."""
+    if found := re.fullmatch(r"expanded channel j of (\d+) stands for source channel j mod (\d+)", text):
+        return [j % int(found[2]) for j in range(int(found[1]))]
+    index: dict[int, int] = {}
+    for start, stop, source in re.findall(r"(\d+)(?:–(\d+))? ← (\d+)", text):
+        for j in range(int(start), int(stop or start) + 1):
+            index[j] = int(source) + j - int(start)
+    return [index[j] for j in range(len(index))]
+
+
+tiled = st.builds(plain, st.integers(1, 6), st.integers(2, 3))
+
+
+@given(st.lists(tiled, min_size=1, max_size=3), st.integers(1, 3))
+def test_a_map_in_words_is_the_map(parts: list[Tiled], positions: int) -> None:
+    state = flattened(concatenated(parts), positions)
+    text = tiled_text(state)
+    if "runs in all" in text:
+        assert len(runs(state.index)) > 6
+        assert said_index(text) == list(state.index[: len(said_index(text))])
+    else:
+        assert said_index(text) == list(state.index)
+
+
+def test_sums_of_columns_in_words() -> None:
+    assert made_from(Columns(((0, 2), (1, 3)))) == "column j of 2 is the sum of the source's columns j, j + 2"
+    assert made_from(Columns(((1, 3), (0, 2)))) == "2 columns, each the sum of 2 of the source's (the first of 1 + 3)"
 
 
 # -- roles, rules, neighbours ----------------------------------------------------------------------------------
