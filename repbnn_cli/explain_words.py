@@ -130,55 +130,52 @@ def _columns(recipe: Columns) -> str:
     return f"columns from the source's: {runs_text(index)}{scale}"
 
 
+# What an edit does: in a sentence, and as a remark beside a module's name.
+_COPIES = ("{beta} times as many channels; each copy starts from the source channel's values", "{sizes}")
+_EDITS = {
+    "repeat_output": (
+        "its kernel stays; its output is repeated β = {beta} times along the channels, so that all behind it sees "
+        "{beta} copies of each",
+        "output repeated {beta}×",
+    ),
+    "rep_conv": (
+        "becomes a RepConv{kernel}: input channels ×{beta}, output channels ÷{beta}, as many weights and "
+        "multiply-accumulates as before; its output is repeated β² = {squared} times",
+        "RepConv, {sizes}",
+    ),
+    "rep_batch_norm": (
+        "takes the repeat over: normalises each distinct channel once and gives every copy a scale and a shift of its "
+        "own",
+        "takes the repeat over, {sizes}",
+    ),
+    "batch_norm": _COPIES,
+    "per_channel": _COPIES,
+    "parameter": ("a tensor that a forward uses directly gets the size that its use needs", "{sizes}"),
+    "depthwise": (
+        "mixes no channels: each of the {beta} copies of a channel gets a copy of its filter",
+        "filters copied, {sizes}",
+    ),
+    "per_replica": ("keeps its tensors and is applied to each of the {beta} replicas alone", "applied to each replica"),
+    "select_inputs": ("ends the expansion: takes {features} features and gives as many outputs as before", "{sizes}"),
+}
+_BEFORE_THE_REPEAT = (
+    "stands before the repeat: one entry for each convolution channel, the mean of those that share it",
+    "before the repeat, {sizes}",
+)
+
+
 def what_happens(edit: ModuleEdit, beta: int, *, general: bool = False, brief: bool = False) -> str:
     """An edit in a sentence; general: of all modules treated alike; brief: as a remark beside its name."""
-    sizes = f"{compact_shape(edit.before)} → {compact_shape(edit.after)}"
-    after = "" if general else f" with the kernel {compact_shape(edit.after)}"
-    squared = beta * beta
-    sentences = {
-        "repeat_output": (
-            "its kernel stays; its output is repeated β = "
-            f"{beta} times along the channels, so that all behind it sees {beta} copies of each",
-            f"output repeated {beta}×",
-        ),
-        "rep_conv": (
-            f"becomes a RepConv{after}: input channels ×{beta}, output channels ÷{beta}, as many weights and "
-            f"multiply-accumulates as before; its output is repeated β² = {squared} times",
-            f"RepConv, {sizes}",
-        ),
-        "rep_batch_norm": (
-            "takes the repeat over: normalises each distinct channel once and gives every copy a scale and a shift of "
-            "its own",
-            f"takes the repeat over, {sizes}",
-        ),
-        "batch_norm": (
-            f"{beta} times as many channels; each copy starts from the source channel's values",
-            sizes,
-        ),
-        "per_channel": (
-            f"{beta} times as many channels; each copy starts from the source channel's values",
-            sizes,
-        ),
-        "parameter": (
-            "a tensor that a forward uses directly gets the size that its use needs",
-            sizes,
-        ),
-        "depthwise": (
-            f"mixes no channels: each of the {beta} copies of a channel gets a copy of its filter",
-            f"filters copied, {sizes}",
-        ),
-        "per_replica": (
-            f"keeps its tensors and is applied to each of the {beta} replicas alone",
-            "applied to each replica",
-        ),
-        "select_inputs": (
-            "ends the expansion: takes "
-            + ("the expanded features" if general else f"{edit.channels[0] if edit.channels else 'its'} features")
-            + " and gives as many outputs as before",
-            sizes,
-        ),
-    }  # fmt: skip
-    return sentences[edit.action][brief]
+    texts = _EDITS[edit.action]
+    if texts is _COPIES and any(isinstance(recipe, Mean) for _, recipe in edit.tensors):
+        texts = _BEFORE_THE_REPEAT
+    return texts[brief].format(
+        beta=beta,
+        squared=beta * beta,
+        sizes=f"{compact_shape(edit.before)} → {compact_shape(edit.after)}",
+        kernel="" if general else f" with the kernel {compact_shape(edit.after)}",
+        features="the expanded" if general or edit.channels is None else edit.channels[0],
+    )
 
 
 def tensor_names(root: nn.Module, path: str) -> set[str]:

@@ -177,6 +177,16 @@ def test_a_module_has_its_rule_role_channels_and_neighbours() -> None:
     assert why == {"bn": "input", "bn1": "behind"}
 
 
+def test_a_batch_norm_before_the_repeat_is_said_to_be_there() -> None:
+    explained = explainer(Residual(), rule="bn-before-repeat")
+    told = story(explained, "bn1")
+    assert (told.before, told.after) == ("(8)", "(4)")
+    assert told.what.startswith("stands before the repeat")
+    assert {t.made_from for t in told.tensors} == {"entry o is the mean of the source's entries o, o + 4"}
+    source, rep = pairs(explained.plan.network.module, explained.module, "bn1.weight")
+    assert torch.allclose(rep, (source[:4] + source[4:]) / 2)
+
+
 def test_the_other_side_of_a_sum_is_named() -> None:
     why = {n.path: n.why for n in story(explainer(Residual()), "conv2").with_it}
     assert why["bn3"] == "sum"

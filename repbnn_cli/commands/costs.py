@@ -25,8 +25,7 @@ def profile(
     output: str | None, force: bool, key: str | None, unsafe: bool, cross_check: bool, max_ops: float | None,
 ) -> None:  # fmt: skip
     """Costs of one network, or of both sides of a result."""
-    if as_json + as_csv + markdown > 1:
-        raise UsageError("--json, --csv and --markdown: give one of them")
+    _one_format(as_json, as_csv, markdown)
     if as_csv and cross_check:
         raise UsageError("--csv has no place for --cross-check; use --json, --markdown or neither")
     if max_ops is not None and not max_ops > 0:
@@ -40,14 +39,13 @@ def profile(
             path, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
     )
+    checks = {s.title: crosscheck.cross_check(s.network, s.layers, s.profile) for s in sides} if cross_check else {}
     profiles = [side.profile for side in sides]
     cost: tables.Cost = profiles[0] if len(profiles) == 1 else profiler.compare(*profiles)
-    checks = {s.title: crosscheck.cross_check(s.network, s.layers, s.profile) for s in sides} if cross_check else {}
     if as_json:
         plain = {"target": str(path)} | tables.cost_as_dict(cost, sort=sort, depth=depth)
-        text = views.json_text(
-            plain | ({"cross_check": {t: c.as_plain() for t, c in checks.items()}} if checks else {})
-        )
+        told = {"cross_check": {title: check.as_plain() for title, check in checks.items()}} if checks else {}
+        text = views.json_text(plain | told)
     elif as_csv:
         text = tables.csv_cost(cost, sort=sort, depth=depth)
     elif markdown:
@@ -61,6 +59,11 @@ def profile(
     targets.deliver(text, output, force=force)
     if max_ops is not None:
         _gate(path, sides[-1], max_ops)
+
+
+def _one_format(*chosen: bool) -> None:
+    if sum(chosen) > 1:
+        raise UsageError("--json, --csv and --markdown: give one of them")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,7 @@ def compare(
     force: bool,
 ) -> None:  # fmt: skip
     """Any number of networks side by side."""
-    if as_json + as_csv + markdown > 1:
-        raise UsageError("--json, --csv and --markdown: give one of them")
+    _one_format(as_json, as_csv, markdown)
     targets.check_output(output, force=force)
     entries = [_entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
     if as_json:
