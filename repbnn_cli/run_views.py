@@ -95,7 +95,7 @@ def epoch_line(row: Mapping[str, Any], epochs: Mapping[str, int | None]) -> str:
     parts = [
         f"{stage}epoch {row['epoch']}" + (f"/{total}" if total else ""),
         f"loss {row['loss']:.3f}",
-        f"top-1 {row['train_top1']:.2f} % train, {row['test_top1']:.2f} % test (best {row['best_top1']:.2f} %)",
+        f"top-1 {row['train_top1']:.2f} train, {row['test_top1']:.2f} test, {row['best_top1']:.2f} best %",
     ]
     if row.get("images_per_s"):
         parts.append(f"{row['images_per_s']:.0f} images/s")
@@ -108,7 +108,8 @@ def stage_lines(stages: Sequence[tuple[str, int, str, str, str]]) -> list[str]:
         return []
     lines = []
     for number, (name, length, unit, kernels, hands_over) in enumerate(stages, 1):
-        line = f"stage {number} of {len(stages)}, {name}: {length} {unit}, {kernels} kernels"
+        many = unit if length > 1 else unit.removesuffix("s")
+        line = f"stage {number} of {len(stages)}, {name}: {length} {many}, {kernels} kernels"
         lines.append(f"{line}; hands over {hands_over}" if hands_over and number < len(stages) else line)
     return lines
 

@@ -81,6 +81,9 @@ def main() -> None:
     run(
         Path(sys.argv[1]),
         "ema=0.9",
+        "accumulate=2",
+        "distillation.weight=0.5",
+        teacher=tiny(seed=7),
         resume="resume" in sys.argv,
         options=engine.Options(log_every=1, save_every=2),
         on_step=lambda progress: print(progress.epoch, progress.batch, flush=True),

@@ -295,7 +295,7 @@ class _Trainer:
             self._step(step, taken, images, labels)
             self.at = self.at._replace(batch=self.at.batch + 1)
             self.images += len(labels) * self.ranks.size
-            if self.at.batch % self.options.log_every == 0:
+            if self.at.batch % self.options.log_every == 0 or self.at.batch == batches:
                 self._look(Progress(stage.name, epoch + 1, epochs, self.at.batch, batches, 0, 0, 0))
             asked = bool(self.options.save_every) and self.at.batch % self.options.save_every == 0
             received = self._received()
