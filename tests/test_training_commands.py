@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,32 @@ def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixtur
         (["finetune", "irnet_resnet20", "--data", "cifar10:nowhere"], 3, "nowhere"),
         (["finetune", "irnet_resnet20", *QUICK, "--distill", "0.5"], 2, "--distill"),
         (["finetune", "reactnet_a"], 2, "--data"),
+        (["finetune", "irnet_resnet20", *QUICK, "--teacher-arch", "resnet20"], 2, "name that with --teacher"),
+        (
+            ["finetune", "irnet_resnet20", *QUICK, "--teacher", "no.pth"],
+            2,
+            "learns from no teacher; add --distill",
+        ),
+        (["finetune", "irnet_resnet20", *QUICK, "--teacher", "no.pth", "--distill", "1"], 2, "no.pth: no such file"),
+        (
+            ["finetune", "irnet_resnet20", *QUICK, "--stage", "kernel"],
+            2,
+            "stage kernel: irnet-cifar10-resnet20 has",
+        ),
+        (["finetune", "irnet_resnet20", *QUICK, "--device", "cuda"], 2, "sees no GPU here; use --device cpu"),
+        (["finetune", "irnet_resnet20", *QUICK, "--device", "gpu"], 2, "--device gpu: expected auto, cpu or cuda"),
+        (
+            ["finetune", "irnet_resnet20", *QUICK, "-o", "nowhere/net.pt"],
+            2,
+            "nowhere/net.pt: the folder nowhere",
+        ),
+        (["finetune", "irnet_resnet20", *QUICK, "--run-dir", "new", "--resume"], 2, "new: holds no run to resume"),
+        (
+            ["finetune", "irnet_resnet20", "--data", "digits", "--recipe", "recu-imagenet"],
+            2,
+            "is for imagenet, folder",
+        ),
+        (["finetune"], 2, "checkpoints/: holds no result (*.repbnn.pt); run `repbnn transform CHECKPOINT` first"),
         (["evaluate", "irnet_resnet20", "--data", "digits"], 2, "no trained weights"),
         (["recipes", "show", "nothing"], 2, "nothing"),
     ],
@@ -99,7 +126,69 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not list(tmp_path.rglob("*"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+def test_a_mistyped_key_in_a_recipe_file_is_shown_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("data: digits\nbatch: 16\nepochs: 1\noptimizer: {name: sgd, lr: 0.1, momentun: 0.9}\n")
+    assert run(["finetune", "irnet_resnet20", "--data", "digits", "--recipe", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "mine.yaml:4" in error
+    assert "momentun" in error
+    assert "momentum" in error
+
+
+def test_a_small_float_teacher_and_everything_around_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Teacher from a file and the user's code, TensorBoard, -o, one stage of two, the next command."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(8, 10))\n"
+    )
+    Path("two.yaml").write_text(
+        "data: digits\nbatch: 256\nepochs: 2\noptimizer: {name: sgd, lr: 0.05}\nschedule: {name: cosine}\n"
+        "stages:\n  first: {hands_over: every tensor}\n  second: {distillation: {weight: 1.0}}\n"
+    )
+    for name in ("start.pt", "teacher.pt"):
+        torch.save({"state_dict": _tiny().state_dict()}, name)
+    own = ["--model", "tiny.py:make", "--recipe", "two.yaml", "--data", "digits"]
+    lesson = ["--teacher", "teacher.pt", "--teacher-model", "tiny.py:make"]
+    assert run(["finetune", "start.pt", *own, *lesson, "--tensorboard", "--run-dir", "r", "-o", "best.pth"]) == 0
+    shown = capsys.readouterr()
+    assert "stage 1 of 2, first: 2 epochs, binary kernels; hands over every tensor\n" in shown.err
+    assert "stage 2 of 2, second: 2 epochs, binary kernels\n" in shown.err
+    assert "second epoch 2/2  loss " in shown.err
+    assert shown.err.endswith("next: repbnn transform best.pth\n")
+    assert shown.out.endswith("\nbest.pth\n")
+    kept, best = (torch.load(file, weights_only=True)["state_dict"] for file in ("best.pth", "r/checkpoints/best.pt"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+    log = events.EventAccumulator("r/tensorboard").Reload()
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [(e.step, e.value) for e in log.Scalars("top1/test")] == [
+        (row["step"], pytest.approx(row["test_top1"])) for row in rows
+    ]
+    assert run(["finetune", "start.pt", *own, *lesson, "--stage", "second", "--run-dir", "s", "--json"]) == 0
+    assert [stage["stage"] for stage in json.loads(capsys.readouterr().out)["stages"]] == ["second"]
+    assert run(["finetune", "start.pt", *own, "--run-dir", "t"]) == 2
+    assert "stage second distils from the source network; name it with --teacher" in capsys.readouterr().err
+
+
+def test_tensorboard_is_asked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(["finetune", "irnet_resnet20", *QUICK, "--tensorboard", "--run-dir", "r"]) == 2
+    assert "which is not installed; run: pip install 'repbnn[tensorboard]'" in capsys.readouterr().err
+    assert not Path("r").exists()
 
 
 def test_recipes_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
