@@ -201,16 +201,20 @@ def test_code_for_an_h100_has_the_instruction_its_layout_and_no_spills() -> None
     wanted = [emitted(case, "binary") for case in shapes] + [emitted(shapes[1], "int8")]
     *binary, int8 = compiled(wanted)
     for result in binary:
+        lines = result["ttgir"].splitlines()
         assert "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" in result["ptx"]
         assert result["spills"] == 0
         assert result["registers"] <= 170  # three programs of 128 threads share the 65536 of a multiprocessor
         # One element per thread, in order, on what the instruction takes: else it would not be a warp's fragment.
-        assembly = [line for line in result["ttgir"].splitlines() if "elementwise_inline_asm" in line and "mma" in line]
+        assembly = [line for line in lines if "elementwise_inline_asm" in line and "mma" in line]
         layouts = {name for line in assembly for name in _layouts(line)}
         assert len(layouts) == 1
         name = layouts.pop()
-        (definition,) = (line for line in result["ttgir"].splitlines() if line.startswith(f"{name} ="))
+        (definition,) = (line for line in lines if line.startswith(f"{name} ="))
         assert "sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]" in definition
+        products = [number for number, line in enumerate(lines) if "mma.sync" in line]
+        loop = lines[max(n for n in range(products[0]) if "scf.for" in lines[n]) : products[-1]]
+        assert not [line for line in loop if "convert_layout" in line]  # nor do operands move between threads
     assert "and.popc" not in int8["ptx"]
     assert "s32.s8.s8" in int8["ptx"] or "s32.u8.s8" in int8["ptx"]
     assert int8["spills"] == 0

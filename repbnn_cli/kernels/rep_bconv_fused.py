@@ -3,9 +3,10 @@
 What it computes is defined in blocks.py, whose shape letters are used here: O filters, R copies of them, C = R·O result
 channels; M = N·H'·W' output pixels; L words per input pixel.
 
-A program makes BLOCK_M pixels × BLOCK_N channels. The convolution's sums stay in registers; each of the R copies reads
-its part of the residual and writes its part of the result, so the repeated tensor exists only as the result itself and
-the sums are made once. Bytes that move, per pixel: C residual values in, C values and C bits out, and I bits in.
+A program makes BLOCK_M pixels × BLOCK_N channels. The sums never reach global memory: once, they go through
+shared memory, from the product's layout in registers to that of the residual. Each of the R copies then reads its part
+of the residual and writes its part of the result, so the repeated tensor exists only as the result itself and the sums
+are made once. Bytes that move, per pixel: C residual values in, C values and C bits out, and I bits in.
 
 Where a word of signs would hold channels of two copies (R > 1 and O no multiple of 32), a program takes BLOCK_N result
 channels instead, as if they were R·O filters: the sums of such narrow layers are repeated rather than shared, which
