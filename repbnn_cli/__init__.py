@@ -3,6 +3,8 @@
     import repbnn_cli
     network = repbnn_cli.load("checkpoints/irnet_resnet20_cifar10-rep2.repbnn.pt")   # an nn.Module, ready to run
 
+    small = repbnn_cli.load_packed("net.packed")   # what `repbnn export packed` wrote, for inference
+
 Importing this package imports no torch; `load` does.
 """
 
@@ -11,9 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_packed"]
 
 if TYPE_CHECKING:
+    from repbnn_cli.deploy.packed import load_packed
     from repbnn_cli.result import load
 
 
@@ -22,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from repbnn_cli.result import load
 
         return load
+    if name == "load_packed":
+        from repbnn_cli.deploy.packed import load_packed
+
+        return load_packed
     raise AttributeError(f"module 'repbnn_cli' has no attribute {name!r}")

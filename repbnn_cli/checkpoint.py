@@ -28,6 +28,7 @@ from repbnn_cli.writing import atomic_write_text, check_output, save, save_safet
 
 __all__ = [
     "FORMAT",
+    "PACKED",
     "VERSION",
     "Accuracy",
     "Checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
 
 FORMAT = "repbnn"
 VERSION = 1
+PACKED = "repbnn_packed"  # metadata of a packed network's file, see deploy/packed.py
 
 # fmt: off
 # Where training scripts put the state dict, in the order in which it is looked for. Averaged weights come last: the

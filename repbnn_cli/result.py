@@ -140,7 +140,7 @@ def open_if_result(path: str | os.PathLike[str], model: ModelSource | None = Non
 
 def _opened(path: str | os.PathLike[str], payload: dict[str, Any], model: ModelSource | None) -> Result:
     origin = Origin.from_plain(payload["source"])
-    network_module = _source_model(Path(path), origin, model)
+    network_module = source_model(Path(path), origin, model)
     if payload["source_tensors"]:
         network_module.load_state_dict(payload["source_tensors"], assign=True)
     rules = loads(payload["rules"], name=f"rules stored in {Path(path).name}")
@@ -174,7 +174,8 @@ def newest(folder: str | os.PathLike[str] = "checkpoints") -> Path:
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
 
 
-def _source_model(path: Path, origin: Origin, model: ModelSource | None) -> nn.Module:
+def source_model(path: Path, origin: Origin, model: ModelSource | None) -> nn.Module:
+    """The source network of a file, without its weights; the user's own needs `model`, which names its code."""
     if origin.arch is not None:
         return source.from_origin(origin)
     if model is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +43,21 @@ class Sizes:
 
 NOTHING = Sizes()
 
+Encoding = Literal["bits", "kernel_scale", "norm_scale", "norm_shift", "plain"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a deployed module. name: within the module; of a kernel_scale or norm_…, the name it is given.
+
+    bits: 1-bit weights, kernel_scale: one float32 per filter; norm_scale, norm_shift: a BatchNorm's affine map; plain:
+    the tensor itself, floats as float32.
+    """
+
+    name: str
+    encoding: Encoding
+    bytes: int
+
 
 def sizes_of(module: nn.Module, layer: Layer | None, counted: set[int], *, recurse: bool = True) -> Sizes:
     """Sizes of a module's tensors, without those in `counted`, to which its own are added (tied tensors count once)."""
@@ -51,8 +67,9 @@ def sizes_of(module: nn.Module, layer: Layer | None, counted: set[int], *, recur
         return NOTHING
     parameters = sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter))
     latent = sum(t.numel() * t.element_size() for t in own.values())
-    bits, floats = _deployed(module, layer, own)
-    return Sizes(parameters, bits, floats, latent)
+    stored = deployed(module, layer, own)
+    bits = sum(s.bytes for s in stored if s.encoding == "bits")
+    return Sizes(parameters, bits, sum(s.bytes for s in stored) - bits, latent)
 
 
 def called_kernels(network: Network, layers: Mapping[str, Layer]) -> dict[int, Layer | None]:
@@ -98,23 +115,26 @@ def state_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[
                 yield f"{path}.{name}" if path else name, tensor
 
 
-def _deployed(module: nn.Module, layer: Layer | None, own: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(bytes of packed kernels, bytes of everything else that inference needs)."""
+def deployed(module: nn.Module, layer: Layer | None, own: Mapping[str, Tensor]) -> list[Stored]:
+    """What inference needs of a module whose tensors (those not counted elsewhere) are `own`."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return 0, 2 * module.num_features * _FLOAT_BYTES
+        channels = module.num_features * _FLOAT_BYTES
+        return [Stored("scale", "norm_scale", channels), Stored("shift", "norm_shift", channels)]
     kept = {n: t for n, t in own.items() if n.rpartition(".")[2] != "num_batches_tracked"}
     if layer is None or not layer.kernel_shape or layer.weight_bits > MOST_BINARY_BITS or layer.kernel not in own:
-        return 0, sum(map(_plain_bytes, kept.values()))
-    packed = (own[layer.kernel].numel() * layer.weight_bits + 7) // 8
+        return [Stored(n, "plain", _plain_bytes(t)) for n, t in kept.items()]
+    stored = [Stored(layer.kernel, "bits", (own[layer.kernel].numel() * layer.weight_bits + 7) // 8)]
     training = next((names for kind, names in TRAINING_ONLY.items() if isinstance(module, kind)), frozenset())
     # Latent copies of the kernel are not deployed; of the rest, what stands on input or output channels is.
-    deployed = (*layer.out_tensors, *layer.in_tensors)
-    floats = sum(_plain_bytes(t) for n, t in kept.items() if n in deployed and n not in training)
+    wanted = (*layer.out_tensors, *layer.in_tensors)
+    stored += [Stored(n, "plain", _plain_bytes(t)) for n, t in kept.items() if n in wanted and n not in training]
     if isinstance(module, BinaryConv2d):
         scaled = isinstance(module, SCALED_BY_KERNEL)
     else:  # a foreign kind: it learns its scales, or is taken to compute one per filter
         scaled = all(n.rpartition(".")[2] == "bias" for n in layer.out_tensors)
-    return packed, floats + scaled * layer.out_channels * _FLOAT_BYTES
+    if scaled:
+        stored.append(Stored("kernel_scale", "kernel_scale", layer.out_channels * _FLOAT_BYTES))
+    return stored
 
 
 def _plain_bytes(tensor: Tensor) -> int:

@@ -91,6 +91,8 @@ def from_checkpoint(
     if file.payload is not None:
         source = file.payload["source"]["file"]
         raise UsageError(f"{path}: is a result of `repbnn transform` already; transform its source ({source}) instead")
+    if checkpoint.PACKED in file.metadata:
+        raise UsageError(f"{path}: is a packed network (`repbnn export packed`), for inference alone; name its source")
     checkpoint.check_finite(file.tensors, path)
     if model is not None:
         if arch is not None:

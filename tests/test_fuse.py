@@ -17,7 +17,7 @@ from repbnn_cli.deploy.forms import BinaryForm, binary_form
 from repbnn_cli.deploy.fuse import Fused, fuse
 from repbnn_cli.deploy.match import folded
 from repbnn_cli.graph import Network, capture
-from repbnn_cli.kernels import Backend
+from repbnn_cli.kernels import Backend, choose
 from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rep_layers import fold
@@ -72,6 +72,16 @@ def test_zoo_network_and_its_rep_version_predict_the_same_fused(name: str, beta:
     repeats = {1: "", 2: " ×4"}[beta] if matched > 1 else {1: "", 2: " ×2"}[beta]
     assert " + ".join(fused.matches.matched[-1].parts) == parts.format(repeats)
     assert_same(side, fused, images(3, 32).sigmoid())
+
+
+@pytest.mark.parametrize("beta", [1, 2])
+def test_triton_runs_a_whole_network_as_the_torch_backend_does(beta: int) -> None:
+    triton = choose(torch.device("cpu"), "triton")  # interpreted: see conftest.py
+    model = zoo.build("irnet_resnet20")
+    side = captured(model) if beta == 1 else rep_side(model)
+    x = images(1)
+    assert_same(side, fuse(*side, triton), x)
+    assert agreement.compare(side[0], fuse(*side, triton), [x]).logits < 1e-6
 
 
 def test_gates_are_left_alone_and_said() -> None:

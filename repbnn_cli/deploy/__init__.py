@@ -9,5 +9,6 @@
 | agreement.py | two forms of one network compared: logits, and the signs that rounding flipped |
 | packed.py | the packed file: what is in it, writing it, and making a network of it again |
 | packed_kernels.py | modules whose kernel is given as bits and a scale |
+| zeros.py | weights with sign 0, counted |
 | latency.py | time per batch, several networks taking turns |
 """

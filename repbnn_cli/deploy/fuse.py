@@ -78,6 +78,12 @@ class Fused:
     def blocks(self) -> tuple[FusedBlock, ...]:
         return tuple(m for m in self.module.modules() if isinstance(m, FusedBlock))
 
+    def counting(self) -> fx.GraphModule:
+        """The module, its blocks counting exact zeros from now on."""
+        for block in self.blocks:
+            block.counting = True
+        return self.module
+
 
 def fuse(network: Network, layers: Mapping[str, Layer], backend: Backend) -> Fused:
     """The network with every matching block fused; `layers` is what `recognize` says. In eval mode only."""

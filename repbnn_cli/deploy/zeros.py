@@ -1,0 +1,67 @@
+"""Exact zeros in binary kernels: weights whose sign is 0, which no bit can hold.
+
+torch.sign(0) is 0, so such a weight contributes nothing; packed bits make it +1 (kernels/packing.py). A filter of zeros
+has scale 0 and is no question of sign. What counts is the kernel as it is applied: IR-Net, RBNN and ReCU centre theirs
+first, so that a stored weight equal to its filter's mean has sign 0, and a stored 0 has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repbnn_cli.deploy.forms import kernel_zeros
+from repbnn_cli.graph import Network
+from repbnn_cli.probe import ConvCalls
+from repbnn_cli.recognize import Layer
+from repbnn_cli.tracer import fetch
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """layers: path → weights with sign 0, where there are any; weights: of all kernels looked at; applied: whether
+    these are kernels as applied, else tensors as stored."""
+
+    layers: Mapping[str, int]
+    weights: int
+    applied: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers.values())
+
+    def worst(self, most: int = 3) -> list[tuple[str, int]]:
+        return sorted(self.layers.items(), key=lambda item: -item[1])[:most]
+
+
+def in_kernels(network: Network, layers: Mapping[str, Layer]) -> Zeros:
+    """Of a network in eval mode: every module with a 1-bit kernel is run once and its kernel watched."""
+    found, weights = {}, 0
+    for path, layer in layers.items():
+        if layer.binary and layer.kernel:
+            kernel = applied_kernel(network, path)
+            weights += kernel.numel()
+            found[path] = kernel_zeros(kernel)
+    return Zeros({path: n for path, n in found.items() if n}, weights, applied=True)
+
+
+def in_tensors(tensors: Mapping[str, Tensor]) -> Zeros:
+    """Of stored tensors shaped like kernels of convolutions, where no code says how they are applied."""
+    kernels = {name: t for name, t in tensors.items() if t.ndim == 4 and t.is_floating_point() and len(t) > 1}
+    found = {name: int((t == 0).sum()) for name, t in kernels.items()}
+    return Zeros({name: n for name, n in found.items() if n}, sum(t.numel() for t in kernels.values()), applied=False)
+
+
+def applied_kernel(network: Network, path: str) -> Tensor:
+    """The kernel that a module really applies, whatever it computes it from: its first convolution is watched."""
+    module: nn.Module = fetch(network.module, path)
+    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
+    like = next(iter(module.parameters()), torch.zeros(()))
+    given = [torch.zeros((1, *n.meta["value"].shape[1:]), device=like.device) for n in node.all_input_nodes]
+    with torch.no_grad(), ConvCalls() as seen:
+        module(*given)
+    kernel: Tensor = seen.calls[0].kernel.detach()
+    return kernel
