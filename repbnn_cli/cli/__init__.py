@@ -12,7 +12,7 @@ from typer.models import CommandInfo
 
 import repbnn_cli
 from repbnn_cli import runs
-from repbnn_cli.cli import advice, costs, surgery, training  # noqa: F401 — importing them registers their commands
+from repbnn_cli.cli import advice, costs, deploy, surgery, training  # noqa: F401 — importing them registers their commands
 from repbnn_cli.cli.options import app
 from repbnn_cli.errors import RepbnnError
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Force, InputSize, Json, Key, Model, ModelArgs, Unsafe, app
+from repbnn_cli.cli.options import Arch, Backend, Device, Force, InputSize, Json, Key, Model, ModelArgs, Unsafe, app
 
 
 @app.command()
@@ -36,6 +36,12 @@ def profile(
         float | None,
         typer.Option("--max-ops", help="Exit code 4 for more OPs without BN, e.g. 0.9e8; of a result: after."),
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time per batch instead, measured here, before and after.")
+    ] = False,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes of --latency.")] = "1,8,128",
+    device: Device = "auto",
+    backend: Backend = "auto",
     key: Key = None,
     unsafe_load: Unsafe = False,
 ) -> None:
@@ -49,7 +55,17 @@ def profile(
     repbnn profile reactnet_a --layers --depth 2 --sort ops
     repbnn profile ckpt.pth --cross-check
     repbnn profile rep.repbnn.pt --max-ops 0.9e8   a gate for CI
+    repbnn profile rep.repbnn.pt --latency --batch 1,64
     """
+    if latency:
+        from repbnn_cli.commands import deploy
+
+        deploy.timings(
+            target, batch=batch, device=device, backend=backend, output=output, force=force, as_json=as_json,
+            others=bool(per_layer or sort or depth or as_csv or markdown or cross_check or max_ops), arch=arch,
+            model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe_load,
+        )  # fmt: skip
+        return
     from repbnn_cli.commands import costs as commands
 
     commands.profile(

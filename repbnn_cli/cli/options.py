@@ -14,6 +14,8 @@ convolution cost. Exit codes: 0 done, 2 wrong usage or rules, 3 cannot be loaded
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+export_app = typer.Typer(help="Write a network in a form for running it: packed.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 rules_app = typer.Typer(help="The RepTran rule files: list, show, check.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 recipes_app = typer.Typer(help="The training recipes: list, show, check.", no_args_is_help=True)
@@ -38,3 +40,6 @@ Data = Annotated[
     typer.Option("--data", help="cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR (or an archive), digits."),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Backend = Annotated[
+    str, typer.Option("--backend", help="Kernels of binary convolutions: torch, triton (fused blocks), or auto.")
+]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Data, Device, Force, Json, Model, app, recipes_app
+from repbnn_cli.cli.options import Arch, Backend, Data, Device, Force, Json, Model, app, recipes_app
 
 
 @app.command()
@@ -153,12 +153,15 @@ def calibrate_command(
 
 @app.command()
 def evaluate(
-    target: Annotated[str | None, typer.Argument(help="Result or checkpoint; the newest result if not given.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="Result, checkpoint or packed file; the newest result if not given.")
+    ] = None,
     data: Data = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
     device: Device = "auto",
+    backend: Backend = "auto",
     arch: Arch = None,
     model: Model = None,
     as_json: Json = False,
@@ -168,10 +171,13 @@ def evaluate(
     \b
     Examples:
     repbnn evaluate rep.repbnn.pt --data cifar10:DIR
+    repbnn evaluate net.packed --data cifar10:DIR --device cuda --backend triton
     """
     from repbnn_cli.commands import training
 
-    training.evaluate(target, data=data, recipe=recipe, device=device, arch=arch, model=model, as_json=as_json)
+    training.evaluate(
+        target, data=data, recipe=recipe, device=device, backend=backend, arch=arch, model=model, as_json=as_json
+    )
 
 
 @app.command()

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from repbnn_cli import checkpoint, identify, result, views
+from repbnn_cli import checkpoint, identify, kernel_views, result, views
+from repbnn_cli.commands import targets
+from repbnn_cli.deploy import packed, zeros
 from repbnn_cli.errors import CheckpointError
 
 
 def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_json: bool) -> None:
     """What is in a file, and which network it belongs to; exit code 3 when it fits none."""
     file = checkpoint.load(path, key=key, unsafe=unsafe)
+    if packed.KEY in file.metadata:
+        _inspect_packed(file, as_json=as_json)
+        return
     stored = _stored(path, file)
     found: identify.Identified | None = None
     problem: CheckpointError | None = None
@@ -41,6 +46,7 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         "result of transform": {k: stored[k] for k in ("options", "rules_name", "certificate", "source")}
         if stored
         else None,
+        "kernel zeros": kernel_views.plain_zeros(_zeros(file, stored, found)),
     }
     if as_json:
         views.print_json(values | {"problem": str(problem) if problem else None})
@@ -48,6 +54,31 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         views.console().print(views.facts(_readable(values)))
     if problem is not None:
         raise problem
+
+
+def _zeros(
+    file: checkpoint.Checkpoint, stored: dict[str, Any] | None, found: identify.Identified | None
+) -> zeros.Zeros:
+    """Weights with sign 0: of the network's kernels as applied where it is one of the zoo, else of stored tensors."""
+    if found is not None:
+        examined = targets.examined(str(file.path), arch=found.arch)
+    elif stored is not None and stored["source"]["arch"] is not None:
+        examined = targets.examined(str(file.path))
+    else:  # the user's own code is not run for a look at a file
+        return zeros.in_tensors(file.tensors)
+    return zeros.in_kernels(examined.network, examined.layers)
+
+
+def _inspect_packed(file: checkpoint.Checkpoint, *, as_json: bool) -> None:
+    header = packed.read(file.path).header
+    values = {"file": str(file.path), "sha256": file.sha256, "bytes": file.size_bytes, "format": "packed network",
+              "version": header["version"], "network": header["source"]["arch"] or header["source"]["model"],
+              "options": header["options"], "exported from": header.get("file"), "kernels": len(header["kernels"]),
+              "norms": len(header["norms"]), "data": "as its SHA-256 says"}  # fmt: skip
+    if as_json:
+        views.print_json(values | {"kernel_shapes": {p: k["shape"] for p, k in header["kernels"].items()}})
+    else:
+        views.console().print(views.facts(_readable(values)))
 
 
 def _stored(path: str, file: checkpoint.Checkpoint) -> dict[str, Any] | None:
@@ -66,6 +97,8 @@ def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
             )
             yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
             yield "certificate", "passed" if passed else "FAILED"
+        elif label == "kernel zeros":
+            yield label, kernel_views.zeros_text(value)
         elif isinstance(value, dict) and value:
             yield label, ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):

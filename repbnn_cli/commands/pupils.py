@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import result, runs, source, views
+from repbnn_cli import result, runs, shapes, source, views
 from repbnn_cli import zoo as registry
+from repbnn_cli.deploy import packed
 from repbnn_cli.errors import UsageError
+from repbnn_cli.graph import Network
+from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.source import Origin
 from repbnn_cli.train import engine, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, open_data
@@ -23,7 +27,8 @@ class Pupil:
     """A network to train or measure. opened: the result file it came from; name: for folders and messages.
 
     trained_by: the text of the recipe that its weights come from, where the file holds it. target: as it was named;
-    sha256: of that file; source_top1: what the source checkpoint states, in percent.
+    sha256: of that file; source_top1: what the source checkpoint states, in percent. packed: the
+    packed file it came from, whose latent weights are gone.
     """
 
     name: str
@@ -34,6 +39,16 @@ class Pupil:
     target: str | None = None
     sha256: str | None = None
     source_top1: float | None = None
+    packed: packed.Opened | None = None
+
+    def captured(self) -> tuple[Network, Mapping[str, Layer]]:
+        """The network's graph with its layers: where blocks for fused kernels are found."""
+        if self.packed is not None:
+            return self.packed.network, self.packed.layers
+        if self.opened is not None:
+            return shapes.rep_network(self.opened.plan, self.opened.module)
+        network = source.capture(self.network.eval(), self.origin)
+        return network, recognize(network)
 
     @property
     def beta(self) -> int | None:
@@ -73,6 +88,10 @@ def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
         origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
         return Pupil(target, registry.build(target), origin, target=target)
     name = _name(path)
+    if packed.is_packed(path):
+        again = packed.open_packed(path, model)
+        trained_by = again.header.get("training", {}).get("recipe_text")
+        return Pupil(name, again.network.module, again.origin, trained_by=trained_by, target=target, packed=again)
     opened = result.open_if_result(path, model)
     if opened is not None:
         payload = opened.payload

@@ -11,6 +11,7 @@ import torch
 from repbnn_cli import checkpoint, result, shapes, source, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import zoo as registry
+from repbnn_cli.deploy import packed
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
@@ -58,14 +59,22 @@ class Examined:
     def name(self) -> str:
         return f"Rep-{self.origin.name}" if self.opened else self.origin.name
 
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of its inputs, without batch."""
+        return tuple(shape[1:] for shape in self.network.example)
+
 
 def examined(
     target: str, *, arch: str | None = None, model: str | None = None, model_args: str | None = None,
     input_size: str | None = None, rules: str | None = None, key: str | None = None, unsafe: bool = False,
     values: bool = False,
 ) -> Examined:  # fmt: skip
-    """The network of a result, a checkpoint, or a zoo name. values: a zoo network gets fresh weights instead of zeros,
-    so that it can be run; rules: a rule file that says what some of its modules are."""
+    """The network of a result, a checkpoint, a packed file, or a zoo name. values: a zoo network gets fresh weights
+    instead of zeros, so that it can be run; rules: a rule file that says what some of its modules are."""
+    if Path(target).is_file() and packed.is_packed(target):
+        again = packed.open_packed(target, model)
+        return Examined(target, again.network, again.layers, again.origin, trained=True)
     opened = result.open_if_result(target, model) if Path(target).is_file() else None
     if opened is not None:
         if rules is not None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repbnn_cli import checkpoint, result, run_views, runs, views
+from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.pupils import Pupil
+from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
+from repbnn_cli.kernels import choose
 from repbnn_cli.train import engine, feeds, measure, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
@@ -34,6 +36,8 @@ def finetune(
     targets.check_output(output, force=force)
     torch.manual_seed(seed)
     pupil = pupils.load(target, arch=arch, model=model)
+    if pupil.packed is not None:
+        raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
     weight = [f"distillation.weight={distill}"] if distill else []
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
@@ -106,22 +110,25 @@ def _deliver(
 
 
 def evaluate(
-    target: str | None,
-    *,
-    data: str | None,
-    recipe: str | None,
-    device: str,
-    arch: str | None,
-    model: str | None,
-    as_json: bool,
-) -> None:
-    """Accuracy and loss on the test images."""
+    target: str | None, *, data: str | None, recipe: str | None, device: str, backend: str, arch: str | None,
+    model: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Accuracy and loss on the test images, on fused kernels where a backend that has them was chosen."""
+    where = pupils.device_of(device)
+    chosen = choose(where, backend)
     pupil = pupils.load(target, arch=arch, model=model)
     if pupil.opened is None and target in registry.ARCHS:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
     dataset = pupils.dataset(data, pupil.origin)
-    found = _measured(pupil, pupils.recipe_of(pupil, recipe), dataset, pupils.device_of(device))
-    _show_evaluation(pupil.name, dataset, found, as_json=as_json)
+    pupil.network.to(where)
+    fused = fuse(*pupil.captured(), chosen) if chosen.name != "torch" else None
+    views.say(*kernel_views.backend_lines(chosen, fused))
+    if fused is not None:
+        pupil = replace(pupil, network=fused.counting())
+    found = _measured(pupil, pupils.recipe_of(pupil, recipe), dataset, where)
+    if fused is not None:
+        views.say(kernel_views.zero_line(fused))
+    _show_evaluation(pupil.name, dataset, found, as_json=as_json, backend=kernel_views.plain_blocks(chosen, fused))
 
 
 def calibrate(
@@ -197,10 +204,14 @@ def _measured(
     return measure.evaluate(pupil.network.to(device), images())
 
 
-def _show_evaluation(name: str, dataset: Dataset | ImageFolders, found: measure.Evaluation, *, as_json: bool) -> None:
+def _show_evaluation(
+    name: str, dataset: Dataset | ImageFolders, found: measure.Evaluation, *, as_json: bool,
+    backend: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     if as_json:
         views.print_json({"network": name, "data": dataset.name, "top1": found.top1, "top5": found.top5,
-                          "loss": found.loss, "images": found.images, "notes": list(dataset.notes)})  # fmt: skip
+                          "loss": found.loss, "images": found.images, "notes": list(dataset.notes)}
+                         | ({"backend": backend} if backend else {}))  # fmt: skip
         return
     views.console().print(
         f"{name} on {dataset.name}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}, "
