@@ -145,6 +145,29 @@ def test_pooling_before_batchnorm_leaves_the_convolution_alone() -> None:
     assert matched["conv2"].then is None
 
 
+class TwoBranches(nn.Module):
+    """A binary bypass beside a binary convolution, as in RBNN's ResNet-18: both blocks end in the same sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.bn1 = BinaryConv(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.bypass, self.bn2 = BinaryConv(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bypass = self.bn2(self.bypass(x))
+        return F.hardtanh(self.bn1(self.main(x)) + bypass)
+
+
+@pytest.mark.parametrize("rep", [False, True])
+def test_a_sum_of_two_blocks_belongs_to_one_of_them(rep: bool) -> None:
+    model = Body(TwoBranches())
+    side = rep_side(model) if rep else captured(model)
+    fused = fuse(*side, TORCH)
+    first, second = fused.matches.matched
+    assert (first.parts[2:], second.parts[2:]) == (("residual", "hardtanh"), ())
+    assert_same(side, fused, images(4))
+
+
 def test_foreign_network_fuses_by_behaviour() -> None:
     for side in (captured(Residual()), rep_side(Residual())):
         fused = fuse(*side, TORCH)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import nn
 
 from repbnn_cli import checkpoint, kernel_views, profiler, views
@@ -78,7 +79,8 @@ def timings(
     else:
         width = views.console().width
         text = views.rendered(kernel_views.timing_table(measured), width)
-        text += "\n".join(kernel_views.timing_notes(machine, chosen, fused, measured)) + "\n"
+        notes = "\n".join(kernel_views.timing_notes(machine, chosen, fused, measured))
+        text += "\n" + views.rendered(Text(notes), width)
     targets.deliver(text, output, force=force)
 
 

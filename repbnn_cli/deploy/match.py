@@ -104,6 +104,7 @@ class _Epilogue:
 class _Matcher:
     def __init__(self, network: Network) -> None:
         self.root = network.module
+        self._taken: set[fx.Node] = set()  # a sum of two blocks belongs to the first
         self._forms: dict[str, BinaryForm | str] = {}
         self._shifts: dict[str, Tensor | None] = {}
 
@@ -117,6 +118,7 @@ class _Matcher:
         end = self._epilogue(node, form)
         if written := self._written(node.args[0], end):
             return Miss(path, f"{written} is changed in place before the block ends")
+        self._taken |= set(end.nodes)
         block = PackedBlock(
             pack_kernel(form.kernel),
             form.kernel.shape[1],
@@ -153,7 +155,7 @@ class _Matcher:
         return end
 
     def _take_norm(self, end: _Epilogue) -> None:
-        node = self._next(end.nodes[-1])
+        node = self._following(end)
         norm = self._module(node)
         if node is None or not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
             return
@@ -165,7 +167,7 @@ class _Matcher:
         end.parts.append("BatchNorm" + (f" ×{repeats}" if repeats > 1 else ""))
 
     def _take_sum(self, end: _Epilogue) -> None:
-        last, node = end.nodes[-1], self._next(end.nodes[-1])
+        last, node = end.nodes[-1], self._following(end)
         if node is None or len(node.args) != 2 or node.kwargs or not self._is_sum(node):
             return
         others = [a for a in node.args if a is not last]
@@ -187,7 +189,7 @@ class _Matcher:
         return node.op == "call_function" and node.target in _SUMS
 
     def _take_activation(self, end: _Epilogue) -> None:
-        node = self._next(end.nodes[-1])
+        node = self._following(end)
         if node is not None and self._is_hardtanh(node):
             end.activation = "hardtanh"
             end.nodes.append(node)
@@ -211,7 +213,7 @@ class _Matcher:
     def _take_rprelu(self, end: _Epilogue) -> None:
         """[shift] → PReLU → [shift]. The second shift may be meant as the next sign's: the result is the same."""
         channels = len(end.scale)
-        node = self._next(end.nodes[-1])
+        node = self._following(end)
         taken: list[fx.Node] = []
         before, after = (torch.zeros(channels, device=end.scale.device) for _ in range(2))
         shift = self.shift_of(node)
@@ -242,6 +244,11 @@ class _Matcher:
             if node not in end.nodes and operand in (given, end.residual) and writes_in_place(self.root, node):
                 return str(operand)
         return None
+
+    def _following(self, end: _Epilogue) -> fx.Node | None:
+        """What the block could take next: the only user of its value, unless another block has it."""
+        node = self._next(end.nodes[-1])
+        return None if node in self._taken else node
 
     # -- small questions ---------------------------------------------------------------------------------------------
     @staticmethod
