@@ -13,7 +13,7 @@ from torch import nn
 
 from repbnn_cli import checkpoint, graph, identify, user_model, zoo
 from repbnn_cli.checkpoint import Checkpoint
-from repbnn_cli.cpu_only import running
+from repbnn_cli.cpu_only import is_foreign, running
 from repbnn_cli.errors import UsageError
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
@@ -63,14 +63,7 @@ class Source:
     def trusted(self) -> bool:
         """A zoo network of torch's and our layers: their shapes are known without running them. A user's forward may do
         anything between them."""
-        return self.origin.model is None and is_trusted(self.model)
-
-
-def is_trusted(model: nn.Module) -> bool:
-    """Whether every layer is one of torch's or of this package."""
-    return all(
-        type(m).__module__.startswith(("torch.nn.", "repbnn_cli.")) or any(m.children()) for m in model.modules()
-    )
+        return self.origin.model is None and not is_foreign(self.model)
 
 
 def from_checkpoint(
@@ -148,7 +141,7 @@ def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> g
         return rule.leaf is not False
 
     with running(model):
-        known = origin.model is None and is_trusted(model)
+        known = origin.model is None and not is_foreign(model)
         return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=known)
 
 

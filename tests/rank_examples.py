@@ -105,7 +105,8 @@ def attempt(ranks: Ranks, folder: Path, what: str, **arguments: Any) -> None:
     try:
         train(ranks, folder, what=what, **arguments)
     except RepbnnError as error:
-        print(f"{what}|{ranks.rank}|{error.exit_code}|{error}", flush=True)
+        # In one write, whatever the buffering: the ranks share the stream.
+        print(f"{what}|{ranks.rank}|{error.exit_code}|{error}\n", end="", flush=True)
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("sklearn", reason="needs the extra `digits`")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "net", raising=False)  # of another test in this process
     network, start, load = blocks("tutorial.md")
     (tmp_path / "net.py").write_text(network)
     exec(compile(start, "start.py", "exec"), {})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import repbnn_cli
+from repbnn_cli import runs
 from repbnn_cli.cli import run
 
 pytest.importorskip("sklearn", reason="needs the extra `digits`")
@@ -37,6 +38,7 @@ def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixtu
     assert run(["evaluate", best, "--data", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(outcome["best_top1"])
     assert run(["profile", best, "--json"]) == 0
+    assert runs.read("r").network == "ckpt-rep2"
 
 
 def test_a_network_of_the_users_is_trained_transformed_and_measured(
@@ -126,7 +128,7 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_a_mistyped_key_in_a_recipe_file_is_shown_with_its_place(
@@ -179,6 +181,18 @@ def test_a_small_float_teacher_and_everything_around_a_run(
     assert [stage["stage"] for stage in json.loads(capsys.readouterr().out)["stages"]] == ["second"]
     assert run(["finetune", "start.pt", *own, "--run-dir", "t"]) == 2
     assert "stage second distils from the source network; name it with --teacher" in capsys.readouterr().err
+
+
+def test_the_network_of_a_run_is_transformed_under_the_runs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs" / "net-seed0" / "checkpoints"
+    place.mkdir(parents=True)
+    (place.parent / "run.json").write_text("{}")
+    (place / "best.pt").write_bytes(CHECKPOINT.read_bytes())
+    assert run(["transform", "runs/net-seed0/checkpoints/best.pt"]) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["net-seed0-rep2.repbnn.pt"]
 
 
 def test_tensorboard_is_asked_for_before_anything_is_written(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from repbnn_cli import result, source, surgery, views
+from repbnn_cli import result, runs, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
 from repbnn_cli import zoo as registry
@@ -35,7 +35,8 @@ def transform(
     if from_zoo and inherit is None:
         inherit = "none"  # a network that was never trained has nothing to hand down
     rule_set = rule_set.with_options(beta, inherit, last_layer)
-    target = Path(output) if output else source.default_output(path, rule_set.options.beta)
+    run = runs.folder_of(path)  # best.pt of a run is called as the run is
+    target = Path(output) if output else source.default_output(run.name if run else path, rule_set.options.beta)
     if not dry_run:
         targets.check_output(output or target, force=force)
     src = source.fresh(path, seed, origin["input_size"]) if from_zoo else source.from_checkpoint(path, **origin)

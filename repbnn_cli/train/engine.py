@@ -136,7 +136,7 @@ def finetune(
                    **state.record_of(recipe, about or {}, dataset.name, len(feed.train))}  # fmt: skip
     with ExitStack() as stack:
         run = Run(run_dir, keep=options.keep)
-        ranks.on_first(lambda: _entered(stack, run))
+        ranks.on_first(lambda: _open(stack, run, resume=resume))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         signals = stack.enter_context(Signals(patient=ranks.size > 1))
         ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment, resume=resume))
@@ -155,7 +155,9 @@ def finetune(
         return trainer.train()
 
 
-def _entered(stack: ExitStack, run: Run) -> None:
+def _open(stack: ExitStack, run: Run, *, resume: bool) -> None:
+    if resume:
+        run.check_resumable()
     stack.enter_context(run)
 
 

@@ -95,10 +95,14 @@ class Run:
             atomic_write_text(self.path / "environment.json", _json(environment, indent=2), force=True)
             atomic_write_text(record, _json(fingerprint, indent=2))  # last: from here on there is a run to resume
             return
-        if not record.exists():
-            raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
+        self.check_resumable()
         # The weights that a run began with are in its state; the caller's only count when there is none yet.
         _check(self._record(), fingerprint, record, [key for key in fingerprint if key != "weights"])
+
+    def check_resumable(self) -> None:
+        """Raises UsageError where there is no run; before the folder is opened, which would make one."""
+        if not (self.path / "run.json").exists():
+            raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
 
     def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
