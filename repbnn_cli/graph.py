@@ -26,7 +26,7 @@ from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.functional import as_modules
 from repbnn_cli.modes import join
-from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable
+from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable, place_of
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
 
@@ -42,11 +42,13 @@ class Network:
         `meta["where"]` ("file.py:12") and `meta["path"]` (dotted path of the module whose forward made it).
     example: the input shapes of the capture, batch included.
     notes: decisions that the example froze, in the user's terms.
+    attempts: how the capture was tried, in this order, each with what came of it.
     """
 
     module: fx.GraphModule
     example: tuple[tuple[int, ...], ...]
     notes: list[str] = field(default_factory=list)
+    attempts: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -113,20 +115,62 @@ def capture(
         torch.randn((batch, *s), generator=generator, dtype=like.dtype, device=like.device) for s in shapes
     )
 
+    whole: list[str] = []
+    attempts: list[str] = []
+
     def policy(path: str, module: nn.Module) -> bool:
         opinion = leaf(path, module) if leaf else None
-        return is_leaf(module) if opinion is None else opinion
+        return path in whole or is_leaf(module) if opinion is None else opinion
 
     with contextlib.nullcontext() if shapes_only else foreign_code():
-        traced = _trace(model, examples, policy, shapes_only)
-        if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
-            # it decides on values, or what it applies has to be looked at; zeros are not the network's
-            traced = _trace(model, examples, policy)
-        if traced.tracer.mode_branches:
-            traced = _for_both_modes(model, examples, policy, traced)
+        while True:
+            how = f"recorded, with {', '.join(whole)} kept whole" if whole else "recorded, every block traced into"
+            try:
+                traced = _in_both_modes(model, examples, policy, shapes_only)
+                break
+            except TracingError as error:
+                attempts.append(f"{how}: {error}")
+                if error.module in whole or not _may_stay_whole(model, error.module):
+                    final = _not_its_fault(model, examples, error)
+                    for attempt in attempts[:-1]:
+                        final.add_note(f"tried before: {attempt}")
+                    raise final from error
+                whole.append(error.module)
+    attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
     calls = as_modules(traced.graph)
     module = assemble(model, traced.graph, traced.tracer.leaf_paths, traced.constants, calls)
-    return Network(module, tuple(tuple(e.shape) for e in examples), traced.tracer.notes)
+    notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]
+    return Network(module, tuple(tuple(e.shape) for e in examples), notes, tuple(attempts))
+
+
+class TracingError(CaptureError):
+    """`module`: dotted path of the module in whose forward it happened; "" for the network's own."""
+
+    def __init__(self, text: str, module: str) -> None:
+        super().__init__(text)
+        self.module = module
+
+
+def _may_stay_whole(model: nn.Module, path: str) -> bool:
+    """Whether a module may be kept whole without being asked for: it hides no convolution."""
+    return bool(path) and not any(_kernel_like(p) for p in model.get_submodule(path).parameters())
+
+
+def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: TracingError) -> CaptureError:
+    """The error; where the network does not even run by itself on such inputs, that is the error."""
+    if any(p.is_meta for p in model.parameters()):
+        return error
+    with unchanged(model), torch.no_grad():
+        try:
+            model(*examples)
+        except Exception as own:
+            shapes = " and ".join(str(tuple(e.shape)) for e in examples)
+            return CaptureError(
+                f"{place_of(own)}: the network itself does not run here (torch {torch.__version__}) on an input "
+                f"{shapes}: {type(own).__name__}: {' '.join(str(own).split())[:300]}; check --input-size and "
+                "--model-args"
+            )
+    return error
 
 
 @dataclass(frozen=True)
@@ -149,12 +193,20 @@ def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, sha
         except CaptureError:
             raise
         except Exception as error:
-            raise CaptureError(explain(error, tracer)) from error
+            raise TracingError(explain(error, tracer), tracer.failed_in) from error
         tracer.refuse_assignments(model)
         # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
         constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
         constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}
     return _Traced(tracer, graph, constants)
+
+
+def _in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool) -> _Traced:
+    traced = _trace(model, examples, policy, shapes_only)
+    if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
+        # it decides on values, or what it applies has to be looked at; zeros are not the network's
+        traced = _trace(model, examples, policy)
+    return _for_both_modes(model, examples, policy, traced) if traced.tracer.mode_branches else traced
 
 
 def _for_both_modes(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, traced: _Traced) -> _Traced:

@@ -4,8 +4,8 @@ Shape letters: O, I output and input channels of the source convolution; b = β;
 
 A RepConv has the kernel (O/b, I·b, k, k): as many weights and multiply-accumulates as (O, I, k, k). Its output is
 repeated b² times along the channels: result channel j is convolution channel j mod (O/b), O·b channels in all.
-Where a BatchNorm follows, the repeat is left to it (`repeats == 1` on the convolution, b² on the BatchNorm), so that
-the repeated tensor never exists before it is normalised.
+Where a BatchNorm follows, the repeat is left to it (`rep_repeats == 1` on the convolution, `repeats == b²` on the
+BatchNorm), so that the repeated tensor never exists before it is normalised.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ def repeat_channels(x: Tensor, repeats: int, groups: int = 1) -> Tensor:
 
 
 class RepMixin:
-    """What makes a convolution or linear layer a repeating one; `beta`, and `repeats` of its output."""
+    """What makes a convolution or linear layer a repeating one: β, and how often it repeats its output itself.
 
-    beta: int
-    repeats: int
+    The names are ones that no layer has: somebody's convolution may have a parameter `beta`.
+    """
+
+    rep_beta: int
+    rep_repeats: int
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         compact = super().forward(x, *operands)  # type: ignore[misc]
-        return repeat_channels(compact, self.repeats, getattr(self, "groups", 1))
+        return repeat_channels(compact, self.rep_repeats, getattr(self, "groups", 1))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, beta={self.beta}, repeats={self.repeats}"  # type: ignore[misc]
+        return f"{super().extra_repr()}, beta={self.rep_beta}, repeats={self.rep_repeats}"  # type: ignore[misc]
 
 
 class RepConv2d(RepMixin, nn.Conv2d):
@@ -60,7 +63,7 @@ class RepConv2d(RepMixin, nn.Conv2d):
                 f"RepConv2d: beta {beta} does not divide {out_channels // groups} output channels{of_groups}"
             )
         super().__init__(in_channels * beta, out_channels // beta, *args, **kwargs)
-        self.beta, self.repeats = beta, beta * beta
+        self.rep_beta, self.rep_repeats = beta, beta * beta
 
 
 class RepBconv2d(RepMixin):
@@ -78,7 +81,7 @@ class RepLinear(RepMixin, nn.Linear):
         if out_features % beta:
             raise UsageError(f"RepLinear: beta {beta} does not divide {out_features} output channels")
         super().__init__(in_features * beta, out_features // beta, *args, **kwargs)
-        self.beta, self.repeats = beta, beta * beta
+        self.rep_beta, self.rep_repeats = beta, beta * beta
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RepConv2d, nn.Linear: RepLinear}
@@ -100,7 +103,7 @@ def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool) -> nn.
         if key not in _made:
             _made[key] = type(f"Rep{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
         module.__class__ = _made[key]
-    module.beta, module.repeats = beta, repeats  # type: ignore[assignment]
+    module.rep_beta, module.rep_repeats = beta, repeats  # type: ignore[assignment]
     return module
 
 

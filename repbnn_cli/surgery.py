@@ -97,7 +97,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, seed: int) -> fx.Grap
     memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
     tree = nn.Module()
     for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-        tree.__dict__[kind] = copy.deepcopy(source.__dict__[kind], memo)
+        tree.__dict__[kind] = _copied(source.__dict__[kind], memo)
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
         _carry_out(tree, edit, plan, made, state, seed)
@@ -113,6 +113,20 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, seed: int) -> fx.Grap
     if state is not None:
         result.load_state_dict(dict(state), assign=True)
     return result
+
+
+def _copied(held: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(held, memo)
+    except Exception as error:
+        kinds = (
+            {type(m).__name__ for m in held.values() if isinstance(m, nn.Module)} if isinstance(held, dict) else set()
+        )
+        raise SurgeryError(
+            f"the network cannot be copied: copy.deepcopy raises {type(error).__name__}: {error} in one of "
+            f"{', '.join(sorted(kinds)) or 'its modules'}; give the class that fails a `__deepcopy__`, or a "
+            "`__getattr__` that raises AttributeError for what it does not have"
+        ) from error
 
 
 def _part_from_source(tree: nn.Module, edited: set[int]) -> None:

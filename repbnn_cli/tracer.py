@@ -299,6 +299,11 @@ class Tracer(fx.Tracer):
         if line not in self.notes:
             self.notes.append(line)
 
+    @property
+    def failed_in(self) -> str:
+        """After an error: the path of the module in whose forward it happened, "" for the network's own."""
+        return self._module_path()
+
     def _module_path(self) -> str:
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
 
@@ -329,7 +334,7 @@ def known_shape(module: nn.Module, args: Any) -> Tensor | None:
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(x.shape[2:], conv.padding, dilation, conv.kernel_size, conv.stride, strict=True)
     ]
-    return x.new_zeros(()).expand(len(x), conv.out_channels * getattr(conv, "repeats", 1), *spatial)
+    return x.new_zeros(()).expand(len(x), conv.out_channels * getattr(conv, "rep_repeats", 1), *spatial)
 
 
 def _hollow(value: Any) -> Any:
@@ -363,15 +368,17 @@ def on_meta(value: Any) -> Any:
     return value
 
 
+def place_of(error: BaseException) -> str:
+    """file.py:12: `the line`, the innermost one that belongs neither to torch nor to this package's capture."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_ours(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else "while capturing"
+
+
 def explain(error: Exception, tracer: Tracer) -> str:
     """One line: where in the user's code, what failed, what to write instead."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_ours(f.filename)]
-    last = frames[-1] if frames else None
-    place = f"{last.filename}:{last.lineno}: `{last.line}`" if last else "while capturing"
-    module = tracer._module_path()
-    owner = f" in module {module}" if module else ""
+    owner = f" in module {tracer.failed_in}" if tracer.failed_in else ""
     what = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"{place}{owner} cannot be captured: {type(error).__name__}: {what}; keep the enclosing module whole "
+        f"{place_of(error)}{owner} cannot be captured: {type(error).__name__}: {what}; keep the enclosing module whole "
         "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`) or move this code into a module of its own"
     )

@@ -7,6 +7,7 @@ import inspect
 import linecache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from idioms import IDIOMS, Tied, Unused
@@ -339,8 +340,17 @@ class Vanishing(Refused):
         (ModeBranch, "if self.training", ["`self.training`", "train and eval", "module of its own", "leaf: true"]),
         (BufferAssigned, "self.mean =", ["assigns `mean` of the network", "self.mean.copy_(...)", "leaf: true"]),
         (OutsideTorch, "from_numpy", ["cannot be captured", "leaf: true", "module of its own"]),
-        (WrongShape, "x.view", ["cannot be captured", "shape '[-1, 7]' is invalid"]),
-        (Vanishing, "self.missing", ["cannot be captured", "no attribute 'missing'"]),
+        (
+            WrongShape,
+            "x.view",
+            [
+                "the network itself does not run here",
+                "(2, 3, 8, 8)",
+                "shape '[-1, 7]' is invalid",
+                "check --input-size",
+            ],
+        ),
+        (Vanishing, "self.missing", ["the network itself does not run here", "no attribute 'missing'"]),
     ],
     ids=lambda v: v.__name__ if isinstance(v, type) else "",
 )
@@ -400,3 +410,51 @@ def test_shapes_only_looks_at_values_where_the_network_decides_on_them() -> None
     network = graph.capture(model, (3, 8, 8), shapes_only=True)
     assert len(network.notes) == 1
     assert_same_outcome(model, network.module, images(), train=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fallbacks
+
+
+class Outside(nn.Module):
+    """Leaves torch halfway, between layers of its own."""
+
+    def __init__(self, kernel: bool) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(4, 4, 1) if kernel else nn.ReLU()
+        self.gain = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.clip(self.gain(self.scale(x)).detach().numpy(), 0, 1))
+
+
+class HelperOutside(Refused):
+    def __init__(self, kernel: bool = False) -> None:
+        super().__init__()
+        self.helper = Outside(kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(self.conv(x)) * 2
+
+
+def test_a_block_without_convolutions_is_kept_whole_where_it_cannot_be_traced() -> None:
+    model = HelperOutside().eval()
+    network = graph.capture(model, (3, 8, 8))
+    first, second = network.attempts
+    assert first.startswith("recorded, every block traced into: ")
+    assert "in module helper cannot be captured" in first
+    assert second == "recorded, with helper kept whole: 5 operators"
+    assert "helper cannot be traced into and is kept whole" in network.notes
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network.module(x), model(x))
+
+
+def test_but_not_one_that_would_hide_a_convolution() -> None:
+    with pytest.raises(CaptureError, match="in module helper cannot be captured"):
+        graph.capture(HelperOutside(kernel=True), (3, 8, 8))
+
+
+def test_one_attempt_is_enough_as_a_rule() -> None:
+    attempts = graph.capture(Residual(), (3, 8, 8)).attempts
+    assert len(attempts) == 1
+    assert attempts[0].startswith("recorded, every block traced into: ")

@@ -109,7 +109,7 @@ def test_make_rep_changes_only_the_class(module: nn.Module, cls: type, binary: b
     assert isinstance(rep, was)
     assert isinstance(rep, RepBconv2d) == binary
     assert type(rep) is type(make_rep(was(8, 2, *([3] if was is not nn.Linear else [])), 2, 1, binary=binary))
-    assert (rep.beta, rep.repeats, rep.note) == (2, 4, "kept")
+    assert (rep.rep_beta, rep.rep_repeats, rep.note) == (2, 4, "kept")
     assert list(rep.state_dict()) == list(before)
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(rep.state_dict().values(), before.values(), strict=True))
     assert torch.equal(rep(x), torch.cat([compact] * 4, 1))

@@ -145,12 +145,12 @@ def test_where_the_batch_norm_repeats_and_where_it_does_not() -> None:
     rep = transformed(residual())[1]
     assert isinstance(rep.conv1, RepMixin)
     assert isinstance(rep.shortcut, RepConv2d)
-    assert (rep.conv1.repeats, rep.bn1.repeats) == (1, 4)
+    assert (rep.conv1.rep_repeats, rep.bn1.repeats) == (1, 4)
     assert (rep.bn.repeats, type(rep.stem)) == (2, nn.Conv2d)  # the first layer: β copies, right before its BatchNorm
     late = transformed(residual(), rule="bn-before-repeat")[1]
     assert (late.bn1.num_features, type(late.bn1)) == (4, nn.BatchNorm2d)
     without = transformed(randomize(Body(nn.Sequential(conv(8, 8), nn.Hardtanh(), conv(8, 8)))))[1]
-    assert [m.repeats for m in without.body.children() if isinstance(m, RepMixin)] == [1, 1]
+    assert [m.rep_repeats for m in without.body.children() if isinstance(m, RepMixin)] == [1, 1]
     assert any(type(m).__name__ == "Repeat" for m in without.modules())
 
 

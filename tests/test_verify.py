@@ -184,7 +184,7 @@ def test_a_batch_norm_that_was_not_tiled(model: nn.Module) -> None:
         (lambda rep: setattr(rep.conv1, "padding", (0, 0)), "conv1"),
         (lambda rep: setattr(rep.bn1, "eps", 0.5), "bn1"),
         (lambda rep: setattr(rep.bn1, "repeats", 2), "bn1"),
-        (lambda rep: setattr(rep.shortcut, "repeats", 2), "shortcut"),
+        (lambda rep: setattr(rep.shortcut, "rep_repeats", 2), "shortcut"),
     ],
     ids=["stride", "padding", "eps", "repeats of a BatchNorm", "repeats of a RepConv"],
 )

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Backend, Device, Force, InputSize, Json, Key, Model, ModelArgs, Unsafe, app
+from repbnn_cli.cli.options import (
+    Arch,
+    Backend,
+    Device,
+    Force,
+    InputSize,
+    Json,
+    Key,
+    Model,
+    ModelArgs,
+    Unsafe,
+    Verbose,
+    app,
+)
 
 
 @app.command()
@@ -44,6 +57,7 @@ def profile(
     backend: Backend = "auto",
     key: Key = None,
     unsafe_load: Unsafe = False,
+    verbose: Verbose = False,
 ) -> None:
     """What a network costs, before and after.
 
@@ -71,7 +85,7 @@ def profile(
     commands.profile(
         target, arch=arch, model=model, model_args=model_args, input_size=input_size, per_layer=per_layer, sort=sort,
         depth=depth, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force, key=key,
-        unsafe=unsafe_load, cross_check=cross_check, max_ops=max_ops,
+        unsafe=unsafe_load, cross_check=cross_check, max_ops=max_ops, verbose=verbose,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ convolution cost. Exit codes: 0 done, 2 wrong usage or rules, 3 cannot be loaded
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 export_app = typer.Typer(help="Write a network in a form for running it: packed.", no_args_is_help=True)
 app.add_typer(export_app, name="export")
-rules_app = typer.Typer(help="The RepTran rule files: list, show, check.", no_args_is_help=True)
+rules_app = typer.Typer(help="The RepTran rule files: list, show, check, init.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 recipes_app = typer.Typer(help="The training recipes: list, show, check.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
@@ -33,6 +33,7 @@ Unsafe = Annotated[
     typer.Option("--unsafe-load", help="Unpickle the file as Python does, running code in it. Trusted files only."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="How the network was captured: each attempt and its reason.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Rules = Annotated[str | None, typer.Option("--rules", help="Rule file or shipped name (`repbnn rules list`).")]
 Data = Annotated[

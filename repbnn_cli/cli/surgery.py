@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Force, InputSize, Json, Key, Model, ModelArgs, Rules, Unsafe, app, rules_app
+from repbnn_cli.cli.options import (
+    Arch,
+    Force,
+    InputSize,
+    Json,
+    Key,
+    Model,
+    ModelArgs,
+    Rules,
+    Unsafe,
+    Verbose,
+    app,
+    rules_app,
+)
 
 
 @app.command()
@@ -47,6 +60,7 @@ def transform(
     seed: Annotated[int, typer.Option("--seed", help="Of fresh values: a zoo name's, and --inherit none's.")] = 0,
     key: Key = None,
     unsafe_load: Unsafe = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Turn a trained BNN into its verified RepBNN.
@@ -62,7 +76,7 @@ def transform(
     commands.transform(
         checkpoint, beta=beta, rules=rules, inherit=inherit, last_layer=last_layer, arch=arch, model=model,
         model_args=model_args, input_size=input_size, output=output, slim=slim, verify=verify, dry_run=dry_run,
-        force=force, seed=seed, key=key, unsafe=unsafe_load, as_json=as_json,
+        force=force, seed=seed, key=key, unsafe=unsafe_load, as_json=as_json, verbose=verbose,
     )  # fmt: skip
 
 
@@ -134,3 +148,34 @@ def rules_check(
     from repbnn_cli.commands import rules as commands
 
     commands.rules_check(name, network=network, as_json=as_json)
+
+
+@rules_app.command("init")
+def rules_init(
+    network: Annotated[str, typer.Argument(help="Checkpoint, or zoo network.")],
+    arch: Arch = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
+    input_size: InputSize = None,
+    rules: Rules = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Rule file; on stdout if not given.")] = None,
+    force: Force = False,
+    key: Key = None,
+    unsafe_load: Unsafe = False,
+    as_json: Json = False,
+) -> None:
+    """Write a rule file for a network: each role with its evidence, and what is left to decide.
+
+    Unchanged, the file gives the same plan as no file; correct in it what was found wrong. --rules: what it extends.
+
+    \b
+    Examples:
+    repbnn rules init ckpt.pt --model net.py:make -o rules.yaml
+    repbnn transform ckpt.pt --model net.py:make --rules rules.yaml
+    """
+    from repbnn_cli.commands import rules as commands
+
+    commands.rules_init(
+        network, rules=rules, output=output, input_size=input_size, force=force, as_json=as_json, arch=arch,
+        model=model, model_args=model_args, key=key, unsafe=unsafe_load,
+    )  # fmt: skip

@@ -23,6 +23,7 @@ def profile(
     target: str | None, *, arch: str | None, model: str | None, model_args: str | None, input_size: str | None,
     per_layer: bool, sort: str | None, depth: int | None, as_json: bool, as_csv: bool, markdown: bool,
     output: str | None, force: bool, key: str | None, unsafe: bool, cross_check: bool, max_ops: float | None,
+    verbose: bool = False,
 ) -> None:  # fmt: skip
     """Costs of one network, or of both sides of a result."""
     _one_format(as_json, as_csv, markdown)
@@ -39,6 +40,8 @@ def profile(
             path, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
     )
+    for side in sides if verbose else ():
+        targets.say_attempts(side.network)
     checks = {s.title: crosscheck.cross_check(s.network, s.layers, s.profile) for s in sides} if cross_check else {}
     profiles = [side.profile for side in sides]
     cost: tables.Cost = profiles[0] if len(profiles) == 1 else profiler.compare(*profiles)

@@ -1,8 +1,12 @@
-"""`repbnn rules list | show | check`."""
+"""`repbnn rules list | show | check | init`."""
 
 from __future__ import annotations
 
-from repbnn_cli import rule_files, source, surgery, views
+import os
+from pathlib import Path
+from typing import Any
+
+from repbnn_cli import drafts, rule_files, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli.commands import targets
 from repbnn_cli.recognize import recognize
@@ -47,3 +51,26 @@ def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
         made.add_row(rule.name, rule.part, rule.apply, count, rule.where)
     views.console().print(made)
     views.say(f"{name}: valid, {len(rule_set.rules)} rules")
+
+
+def rules_init(
+    network: str, *, rules: str | None, output: str | None, input_size: str | None, force: bool, as_json: bool,
+    **origin: Any,
+) -> None:  # fmt: skip
+    """A rule file that says what was found out about a network, and what is left to decide."""
+    if output is not None:
+        targets.check_output(output, force=force)
+    base = rules or targets.DEFAULT_RULES
+    rule_set = rulebook.load(base)
+    if base not in rulebook.names():  # a path is relative to the file that extends it
+        base = os.path.relpath(base, Path(output).parent if output else Path.cwd())
+        base = base if base.startswith("..") else f"./{base}"
+    src = targets.network_of(network, input_size=input_size, **origin)
+    found = drafts.draft(src, base, rule_set)
+    if as_json:
+        views.print_json(found.as_plain())
+        return
+    title = f"What `repbnn rules init {network}` found out about {src.origin.name} ({src.reason})."
+    targets.deliver(found.text(title), output, force=force)
+    declared = sum(e.declared is not None for e in found.entries)
+    views.say(f"{declared} of {len(found.entries)} modules declared; {len(found.decide) or 'nothing'} left to decide")

@@ -18,6 +18,8 @@ from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Origin, Source
 
+DEFAULT_RULES = "reptran"
+
 
 def result_or_newest(target: str | None) -> str:
     """What was named, or the newest result, which is then said."""
@@ -115,6 +117,19 @@ def deliver(text: str, output: str | None, *, force: bool) -> None:
 def named_network(name: str) -> Source:
     """A checkpoint's network with its weights, or a zoo network without."""
     return source.from_checkpoint(name) if Path(name).exists() else zoo_network(name, None)
+
+
+def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
+    """A checkpoint's network, the user's own if `origin` names his code; or a zoo network without weights."""
+    if Path(name).exists() or origin.get("model"):
+        return source.from_checkpoint(name, input_size=input_size, **origin)
+    return zoo_network(name, input_size)
+
+
+def say_attempts(network: Network) -> None:
+    """`--verbose`: how the capture was tried, and what came of it."""
+    for number, attempt in enumerate(network.attempts, 1):
+        views.say(f"capture {number}: {attempt}")
 
 
 def options_of(rules: RuleSet) -> dict[str, Any]:

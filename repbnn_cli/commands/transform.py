@@ -20,17 +20,16 @@ from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
 from repbnn_cli.verify import Certificate
 
-DEFAULT_RULES = "reptran"
-
 
 def transform(
     path: str, *, beta: int | None, rules: str | None, inherit: str | None, last_layer: str | None, output: str | None,
-    slim: bool, verify: str, dry_run: bool, force: bool, as_json: bool, seed: int, **origin: Any,
+    slim: bool, verify: str, dry_run: bool, force: bool, as_json: bool, seed: int, verbose: bool = False,
+    **origin: Any,
 ) -> None:  # fmt: skip
     """Checkpoint, or a fresh network of the zoo → plan → Rep network → certificate → file."""
     if verify not in ("auto", "full", "quick"):
         raise UsageError(f"--verify {verify}: expected auto, full or quick")
-    rule_set = rulebook.load(rules or DEFAULT_RULES)
+    rule_set = rulebook.load(rules or targets.DEFAULT_RULES)
     from_zoo = path in registry.ARCHS and not Path(path).exists()
     if from_zoo and inherit is None:
         inherit = "none"  # a network that was never trained has nothing to hand down
@@ -42,6 +41,8 @@ def transform(
     src = source.fresh(path, seed, origin["input_size"]) if from_zoo else source.from_checkpoint(path, **origin)
     with running(src.model):
         plan = make_plan(src, rule_set)
+        if verbose:
+            targets.say_attempts(plan.network)
         if dry_run:
             _show_plan(src, plan, as_json=as_json)
             return
