@@ -124,7 +124,7 @@ def _rich_pairs(shown: list[RowPair], width: int) -> RenderableType:
         numbers = ((compact(c.before), compact(c.after), percent(c, short=True)) for c in changes)
         body.append([pair.row.kind, *itertools.chain.from_iterable(numbers)])
     table = _with_paths(columns, [label(pair.row) for pair in kept], body, width)
-    return Group(table, *(Text(line) for line in _left_out(shown, kept)))
+    return Group(table, *(Text(line) for line in left_out(shown, kept)))
 
 
 def _costly(shown: list[RowPair]) -> list[RowPair]:
@@ -132,7 +132,7 @@ def _costly(shown: list[RowPair]) -> list[RowPair]:
     return [p for p in shown if any(row and (row.ops or row.packed) for row in (p.before, p.after))]
 
 
-def _left_out(shown: list[RowPair], kept: list[RowPair]) -> list[str]:
+def left_out(shown: list[RowPair], kept: list[RowPair]) -> list[str]:
     hidden = len(shown) - len(kept)
     return [f"Rows of elementwise work alone, left out here: {hidden}; --json and --csv have them."] if hidden else []
 
@@ -248,7 +248,7 @@ def _markdown_pairs(shown: list[RowPair]) -> str:
         body.append((code(label(pair.row)), pair.row.kind, *numbers))
     headings = (f"{n} {side}" for n in names.values() for side in ("before", "after", "Δ"))
     table = markdown_table(("layer", "kind", *headings), body, left=2)
-    return "\n".join((table, *(f"{line}\n" for line in _left_out(shown, kept))))
+    return "\n".join((table, *(f"{line}\n" for line in left_out(shown, kept))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

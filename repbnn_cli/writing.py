@@ -98,6 +98,12 @@ def atomic_write_text(path: str | os.PathLike[str], text: str, *, force: bool = 
         stream.write(text.encode())
 
 
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes, *, force: bool = False) -> None:
+    """Write ``data`` atomically; raises as ``save`` does."""
+    with _replacing(path, force) as stream:
+        stream.write(data)
+
+
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """The file that ``path`` stands for (links followed), once it is clear that it may be written.
 

@@ -260,7 +260,7 @@ def given_report(name: str = "irnet_resnet20") -> report.ReportInput:
 
 
 def test_report_says_what_was_done() -> None:
-    shown = report.build(given_report()).markdown()
+    shown = report.markdown(report.document(report.build(given_report())))
     for line in (
         "# RepBNN report: ckpt \\| best, β = 2",
         "| source checkpoint | `ckpt\\|best.pth`, 1,234,567 bytes |",
@@ -284,7 +284,7 @@ def test_report_says_what_was_done() -> None:
 def test_report_shows_both_numbers_where_the_paper_rounds() -> None:
     """Table 1: ours exact, the paper's as printed, and which of them its own definition does not give."""
     made = report.build(given_report("reactnet_a"))
-    shown = made.markdown()
+    shown = report.markdown(report.document(made))
     assert "| Table 1 | Bconv (BOPs) | 4,816,896,000 | 4.822 ×10⁹ | 4,816,896,000 | 4.822 ×10⁹ |" in shown
     assert "| Table 1 | BN (FLOPs) | 10,085,376 | 1.009 ×10⁷ | 12,606,720 | 1.261 ×10⁷ |" in shown
     off = re.findall(r"^- Table 1, (.*): the paper's (\S+) .* is (\S+) % off", shown, re.MULTILINE)
@@ -294,22 +294,24 @@ def test_report_shows_both_numbers_where_the_paper_rounds() -> None:
         ("OPs without BN, source", "0.872", "+0.08"),
         ("OPs with BN, source", "0.973", "+0.09"),
     ]
-    costs = {c["metric"]: c for c in made.as_dict()["paper"]["costs"]}
+    costs = {c["metric"]: c for c in report.as_dict(made)["paper"]["costs"]}
     assert costs["bconv"]["source"] == {"here": 4816896000, "paper": pytest.approx(4.822e9), "printed": "4.822 ×10⁹"}
 
 
 def test_same_input_same_bytes() -> None:
     first, second = report.build(given_report()), report.build(given_report.__wrapped__())
-    assert first.markdown() == second.markdown()
-    assert json.dumps(first.as_dict()) == json.dumps(second.as_dict())
-    assert "| made | 2024-01-01 |" in report.build(replace(given_report(), timestamp="2024-01-01")).markdown()
+    assert report.markdown(report.document(first)) == report.markdown(report.document(second))
+    assert json.dumps(report.as_dict(first)) == json.dumps(report.as_dict(second))
+    assert "| made | 2024-01-01 |" in report.markdown(
+        report.document(report.build(replace(given_report(), timestamp="2024-01-01")))
+    )
 
 
 def test_report_json() -> None:
     failed = ({"name": "identity", "passed": False, "summary": "", "values": {"max": float("inf")}},)
     made = report.build(replace(given_report(), certificate=failed))
     assert not made.passed
-    plain = json.loads(json.dumps(made.as_dict(), allow_nan=False))
+    plain = json.loads(json.dumps(report.as_dict(made), allow_nan=False))
     assert plain["certificate"] == {
         "passed": False,
         "checks": [{"name": "identity", "passed": False, "summary": "", "values": {"max": "inf"}}],
@@ -317,7 +319,7 @@ def test_report_json() -> None:
     assert plain["rules"]["text"] == given_report().rules_text
     assert plain["costs"]["totals"]["packed"]["delta"] == 7232
     assert plain["convention"][0].startswith("1 multiply-accumulate")
-    assert "**FAILED**" in made.markdown()
+    assert "**FAILED**" in report.markdown(report.document(made))
 
 
 def test_report_leaves_out_what_is_not_known() -> None:
@@ -325,7 +327,7 @@ def test_report_leaves_out_what_is_not_known() -> None:
         given_report(), arch=None, network=None, source_file=None, source_sha256=None, accuracy=None, published=(),
         published_costs=(), environment={}, notes=(), plan=[],
     )  # fmt: skip
-    shown = report.build(bare).markdown()
+    shown = report.markdown(report.document(report.build(bare)))
     assert "None" not in shown
     assert "In the paper" not in shown
     assert "## Environment" not in shown
@@ -333,7 +335,7 @@ def test_report_leaves_out_what_is_not_known() -> None:
 
 
 def test_report_tables_are_rectangular() -> None:
-    shown = report.build(given_report("reactnet_a")).markdown()
+    shown = report.markdown(report.document(report.build(given_report("reactnet_a"))))
     for block in re.findall(r"(?:^\|.*\n)+", shown, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
-    assert shown.count("<details>") == shown.count("</details>") == 3
+    assert shown.count("<details>") == shown.count("</details>") == 4

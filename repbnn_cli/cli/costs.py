@@ -1,4 +1,4 @@
-"""The arguments of what measures and compares networks: profile, report, zoo."""
+"""The arguments of what measures and compares networks: profile, compare, zoo."""
 
 from __future__ import annotations
 
@@ -112,39 +112,6 @@ def compare(
     from repbnn_cli.commands import costs as commands
 
     commands.compare(names, model=model, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force)
-
-
-@app.command()
-def report(
-    target: Annotated[str | None, typer.Argument(help="Result; the newest in checkpoints/ if not given.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown (also what you get without it).")] = False,
-    as_json: Json = False,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")] = None,
-    timestamp: Annotated[
-        bool, typer.Option("--timestamp/--no-timestamp", help="State when the report was made.")
-    ] = True,
-    model: Model = None,
-    sweep: Annotated[str | None, typer.Option("--sweep", help="The table of a sweep's folder instead.")] = None,
-    force: Force = False,
-) -> None:
-    """The comparison, ready for a pull request.
-
-    What was transformed, by which rules, the certificate, costs before and after, and the paper's figures.
-
-    \b
-    Examples:
-    repbnn report --markdown -o REPORT.md
-    repbnn report --sweep runs/table-3 --markdown
-    """
-    from repbnn_cli.commands import costs as commands
-
-    del markdown  # the only format for reading so far
-    if sweep is not None:
-        from repbnn_cli.commands import sweep as sweeps
-
-        sweeps.report(sweep, target=target, as_json=as_json, output=output, force=force)
-        return
-    commands.report(target, as_json=as_json, output=output, timestamp=timestamp, model=model, force=force)
 
 
 @app.command()

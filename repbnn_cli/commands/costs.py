@@ -1,17 +1,14 @@
-"""`repbnn profile`, `report` and `zoo`: what networks cost, before and after."""
+"""`repbnn profile`, `compare` and `zoo`: what networks cost, before and after."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from repbnn_cli import crosscheck, paper, profiler, result, shapes, side_by_side, source, tables, views
-from repbnn_cli import report as report_room
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.errors import GateError, UsageError
@@ -106,7 +103,7 @@ def compare(
     """Any number of networks side by side."""
     _one_format(as_json, as_csv, markdown)
     targets.check_output(output, force=force)
-    entries = [_entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
+    entries = [entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
     if as_json:
         text = views.json_text(side_by_side.entries_as_dict(entries))
     elif as_csv:
@@ -119,7 +116,7 @@ def compare(
     targets.deliver(text, output, force=force)
 
 
-def _entry(looked: targets.Examined) -> side_by_side.Entry:
+def entry(looked: targets.Examined) -> side_by_side.Entry:
     """Accuracy is what the file says; of a Rep network, what was measured after training; of a zoo name, published."""
     made = profiler.profile(looked.network, looked.layers)
     accuracy, whose = None, ""
@@ -135,17 +132,6 @@ def _entry(looked: targets.Examined) -> side_by_side.Entry:
     return side_by_side.Entry(
         name, looked.name, made.totals, accuracy, whose if accuracy is not None else "", made.omissions
     )
-
-
-def report(
-    target: str | None, *, as_json: bool, output: str | None, timestamp: bool, model: str | None, force: bool
-) -> None:
-    """Everything about one transform, as Markdown or JSON."""
-    targets.check_output(output, force=force)
-    path = targets.result_or_newest(target)
-    opened = result.open_result(path, model)
-    made = report_room.build(_report_input(opened, timestamp=timestamp))
-    targets.deliver(views.json_text(made.as_dict()) if as_json else made.markdown(), output, force=force)
 
 
 def zoo(*, as_json: bool) -> None:
@@ -172,37 +158,7 @@ def _profile_of(model: torch.nn.Module, origin: source.Origin) -> profiler.Profi
     return profiler.profile(network, recognize(network))
 
 
-def _comparison(opened: result.Result) -> profiler.Comparison:
+def comparison(opened: result.Result) -> profiler.Comparison:
     """Both sides of a result, with the roles that its rules declared."""
     before = profiler.profile(opened.network, opened.plan.layers)
     return profiler.compare(before, profiler.profile(*shapes.rep_network(opened.plan, opened.module)))
-
-
-def _report_input(opened: result.Result, *, timestamp: bool) -> report_room.ReportInput:
-    payload, origin = opened.payload, opened.origin
-    accuracy = payload["source"]["accuracy"] or {}
-    options = payload["options"]
-    arch = registry.ARCHS.get(origin.arch) if origin.arch else None
-    return report_room.ReportInput(
-        title=f"{origin.name}, β = {options['beta']}",
-        rules_name=payload["rules_name"],
-        rules_text=payload["rules"],
-        options=options,
-        plan=payload["plan"],
-        certificate=payload["certificate"],
-        costs=_comparison(opened),
-        arch=origin.name,
-        network=f"{arch.method} {arch.network}, {arch.data}" if arch else None,
-        source_file=payload["source"]["file"],
-        source_sha256=payload["source"]["sha256"],
-        source_bytes=payload["source"]["size_bytes"],
-        result_file=opened.path.name,
-        result_sha256=payload["sha256"],
-        accuracy=accuracy.get("top1"),
-        accuracy_key=accuracy.get("key"),
-        published=paper.accuracies(arch) if arch else (),
-        published_costs=paper.costs(arch, options["beta"], options["last_layer"]) if arch else (),
-        notes=payload["notes"],
-        environment={**payload["provenance"], "python": platform.python_version()},
-        timestamp=datetime.now(UTC).isoformat(timespec="seconds") if timestamp else None,
-    )

@@ -1,0 +1,229 @@
+"""`repbnn report`: everything about one transform, or about training runs, for people to read."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repbnn_cli import anatomy, image_files, paper, result, runs, shapes, tensor_stats, views, writing
+from repbnn_cli import report as room
+from repbnn_cli import zoo as registry
+from repbnn_cli.commands import costs, targets
+from repbnn_cli.cpu_only import running
+from repbnn_cli.errors import UsageError
+from repbnn_cli.runs import RunRecord
+from repbnn_cli.train import recipes
+
+_MOST_IMAGES, _SHOWN_IMAGES, _NOISE = 16, 3, 4
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the networks are run on. real: the images among it, for feature maps; said: where it comes from."""
+
+    tensors: tuple[Tensor, ...]
+    real: Tensor | None
+    said: str
+
+
+def report(
+    target: str | None, others: Sequence[str], *, html: bool, markdown: bool, as_json: bool, output: str | None,
+    plots: str | None, run_folders: Sequence[str], images: Sequence[str], layer: str | None, timestamp: bool,
+    model: str | None, force: bool,
+) -> None:  # fmt: skip
+    """A page, Markdown with its drawings, or JSON."""
+    if html + markdown + as_json > 1:
+        raise UsageError("--html, --markdown and --json: give one of them")
+    if plots is not None and (html or as_json):
+        raise UsageError("--plots: is for --markdown; a page has its drawings inside")
+    if layer is not None and not images:
+        raise UsageError("--layer: is for feature maps; give --images as well")
+    targets.check_output(output, force=force)
+    path, records = _subject(target, run_folders)
+    if path is None:
+        document = room.runs_document(records, records[0].path.name)
+        plain: dict[str, Any] = {"runs": room.runs_as_list(records)}
+    else:
+        opened = result.open_result(path, model)
+        given = _given(opened, records, timestamp=timestamp, evidence=_evidence(opened, others, images, layer, model))
+        made = room.build(given)
+        document, plain = room.document(made), room.as_dict(made)
+    if as_json:
+        targets.deliver(views.json_text(plain), output, force=force)
+    elif html:
+        targets.deliver(room.page(document), output, force=force)
+    else:
+        folder = _write_plots(document, output, plots, force=force)
+        targets.deliver(room.markdown(document, folder), output, force=force)
+
+
+def _subject(target: str | None, run_folders: Sequence[str]) -> tuple[str | None, list[RunRecord]]:
+    """The result to report on (None for runs of source networks alone), and the runs that belong to it."""
+    records = [runs.read(found) for folder in run_folders for found in _runs_in(Path(folder))]
+    if target is not None and Path(target).is_dir():
+        own = [runs.read(found) for found in _runs_in(Path(target))]
+        best = [f for r in own for f in _checkpoints(r.path) if result.is_result(f)]
+        return (str(best[0]) if len(own) == 1 and best else None), _distinct([*own, *records])
+    path = targets.result_or_newest(target)
+    home = runs.folder_of(path)
+    return path, _distinct(([runs.read(home)] if home else []) + records)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """A run's own folder, or the runs in a folder of runs."""
+    inside = sorted(p.parent for p in folder.glob(f"*/{runs.RECORD}"))
+    return inside if inside and not (folder / runs.RECORD).is_file() else [folder]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [f for name in ("best.pt", "last.pt") if (f := folder / "checkpoints" / name).is_file()]
+
+
+def _distinct(records: Sequence[RunRecord]) -> list[RunRecord]:
+    return list({os.path.realpath(r.path): r for r in records}.values())
+
+
+def _given(
+    opened: result.Result, records: Sequence[RunRecord], *, timestamp: bool, evidence: room.Evidence
+) -> room.ReportInput:
+    payload, origin = opened.payload, opened.origin
+    accuracy = payload["source"]["accuracy"] or {}
+    options = payload["options"]
+    arch = registry.ARCHS.get(origin.arch) if origin.arch else None
+    return room.ReportInput(
+        title=f"{origin.name}, β = {options['beta']}",
+        rules_name=payload["rules_name"],
+        rules_text=payload["rules"],
+        options=options,
+        plan=payload["plan"],
+        certificate=payload["certificate"],
+        costs=costs.comparison(opened),
+        arch=origin.name,
+        network=f"{arch.method} {arch.network}, {arch.data}" if arch else None,
+        source_file=payload["source"]["file"],
+        source_sha256=payload["source"]["sha256"],
+        source_bytes=payload["source"]["size_bytes"],
+        result_file=opened.path.name,
+        result_sha256=payload["sha256"],
+        accuracy=accuracy.get("top1"),
+        accuracy_key=accuracy.get("key"),
+        published=paper.accuracies(arch) if arch else (),
+        published_costs=paper.costs(arch, options["beta"], options["last_layer"]) if arch else (),
+        notes=payload["notes"],
+        environment={**payload["provenance"], "python": platform.python_version()},
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds") if timestamp else None,
+        data=arch.data if arch else None,
+        training=payload.get("training", {}),
+        runs=records,
+        evidence=evidence,
+    )
+
+
+def _evidence(
+    opened: result.Result, others: Sequence[str], places: Sequence[str], layer: str | None, model: str | None
+) -> room.Evidence:
+    """What a look at both networks shows; without the source's weights only the Rep network is looked at."""
+    network, rep_layers = shapes.rep_network(opened.plan, opened.module)
+    source, layers = opened.network.module, opened.plan.layers
+    weighted = bool(opened.payload["source_tensors"])
+    inputs = _inputs(opened, places)
+    if inputs.real is not None and not weighted:
+        raise UsageError(
+            f"{opened.path}: holds no weights of its source network (--slim), so there are no feature maps to compare; "
+            "leave --images out, or transform without --slim"
+        )
+    with running(source):
+        sides = [(opened.module, rep_layers)] + ([(source, layers)] if weighted else [])
+        seen = [tensor_stats.activations(module, known, *inputs.tensors) for module, known in sides]
+        maps: tuple[tensor_stats.FeatureMaps, ...] = ()
+        if inputs.real is not None:
+            maps = tensor_stats.feature_maps(opened.plan, opened.module, inputs.real[:_SHOWN_IMAGES], layer)
+    return room.Evidence(
+        blocks=anatomy.blocks(opened.plan, network),
+        weights=(
+            tensor_stats.weights(source, layers) if weighted else (),
+            tensor_stats.weights(opened.module, rep_layers),
+        ),
+        activations=(seen[1] if weighted else (), seen[0]),
+        images=inputs.said,
+        maps=maps,
+        others=_standings(others, opened, model),
+    )
+
+
+def _inputs(opened: result.Result, places: Sequence[str]) -> _Inputs:
+    """The user's images, prepared as for the network's training; noise where there are none."""
+    shape_list = opened.origin.input_shape
+    if not places:
+        generator = torch.Generator().manual_seed(0)
+        noise = tuple(torch.randn(_NOISE, *shape, generator=generator) for shape in shape_list)
+        return _Inputs(noise, None, f"{_NOISE} inputs of normal noise (--images shows what real ones give)")
+    if len(shape_list) != 1 or len(shape_list[0]) != 3 or shape_list[0][0] not in (1, 3):
+        expected = ", ".join(str(s) for s in shape_list)
+        raise UsageError(f"--images: this network takes {expected}; expected one input of 1 or 3 channels")
+    paths = image_files.find(places, _MOST_IMAGES)
+    trained_by = opened.payload.get("training", {}).get("recipe_text")
+    recipe = recipes.loads(trained_by, "its recipe") if trained_by else recipes.for_network(opened.origin)
+    images = image_files.load(paths, shape_list[0], recipe.header.mean, recipe.header.std)
+    said = f"{len(paths)} images, mean and deviation as in the recipe {recipe.name}"
+    return _Inputs((images,), images, said)
+
+
+def _standings(others: Sequence[str], opened: result.Result, model: str | None) -> list[room.Standing]:
+    """Further networks of the landscape; one that is for another data set is left out, and that is said."""
+    found = []
+    data = _data(opened.origin.arch)
+    for other in others:
+        looked = targets.examined(other, model=model)
+        if data and (theirs := _data(looked.origin.arch)) not in (data, None):
+            views.say(f"note: {other} is for {theirs}, not {data}: left out of the landscape")
+            continue
+        entry = costs.entry(looked)
+        found.append(room.Standing(Path(other).name, "yours", entry.totals.ops_without_bn, entry.accuracy))
+    return found
+
+
+def _data(arch: str | None) -> str | None:
+    return registry.ARCHS[arch].data if arch is not None and arch in registry.ARCHS else None
+
+
+def _write_plots(document: room.Document, output: str | None, plots: str | None, *, force: bool) -> str | None:
+    """Writes the drawings; the folder as the Markdown has to link to it, or None where there is none."""
+    if plots is None and (output is None or not _is_plain(output)):
+        return None
+    folder = (
+        Path(plots)
+        if plots is not None
+        else Path(output or "").with_suffix("").parent / f"{Path(output or '').stem}-plots"
+    )
+    drawings = document.plots()
+    if not drawings:
+        return None
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made a folder for the drawings ({error.strerror}); --plots names another"
+        ) from None
+    files = {folder / room.file_name(d): d for d in drawings}
+    for file in files:
+        writing.check_output(file, force=force)
+    for file, drawing in files.items():
+        data = drawing.png if isinstance(drawing, room.Picture) else drawing.file().encode()
+        writing.atomic_write_bytes(file, data, force=force)
+    views.say(f"wrote {len(files)} drawings into {folder}/")
+    start = Path(output).parent if output is not None else Path(".")
+    return Path(os.path.relpath(folder, start)).as_posix()
+
+
+def _is_plain(output: str) -> bool:
+    """A file, not a device or pipe, beside which nothing can be put."""
+    return not Path(output).exists() or Path(output).is_file()

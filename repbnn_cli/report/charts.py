@@ -1,0 +1,286 @@
+"""The charts of a report, values → `Plot`: costs before and after, layers, the landscape, distributions, curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from repbnn_cli.number_text import compact, exact, shortened
+from repbnn_cli.report.svg import (
+    Plot,
+    Scale,
+    curve,
+    line,
+    marker,
+    rect,
+    rounded_range,
+    text,
+    text_width,
+    ticks,
+)  # fmt: skip
+
+WIDE, NARROW = 960, 470
+KIND_COLOURS: Mapping[str, int] = {"bconv": 1, "conv": 2, "bn": 3, "fc": 4, "other": 5}
+KIND_NAMES: Mapping[str, str] = {
+    "bconv": "binary convolution", "conv": "float convolution", "bn": "BatchNorm", "fc": "fully connected",
+    "other": "elementwise",
+}  # fmt: skip
+BEFORE, AFTER = 5, 1  # their colours in every chart
+_MARKERS = ("circle", "square", "diamond", "triangle")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One quantity before and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One layer: what it costs before and after, and of which kind it is."""
+
+    name: str
+    kind: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network by operations and accuracy. group: whose it is; top1 None: only its cost is known."""
+
+    name: str
+    group: str
+    ops: float
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: points in order of x; colour: one of its own instead of the next one."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    colour: int | None = None
+
+
+def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot:
+    """Horizontal bars, source above Rep, with their values."""
+    left, right, top, row = 118, 82, 34, 46
+    height = top + row * len(pairs) + 12
+    most = max((max(p.before, p.after) for p in pairs), default=0) or 1
+    scale = Scale(0, most, left, NARROW - right)
+    parts = [_legend([("before", BEFORE), ("after", AFTER)], left, 16)]
+    for i, pair in enumerate(pairs):
+        y = top + row * i
+        parts.append(text(left - 8, y + 21, pair.name, anchor="end"))
+        for value, colour, offset, side in ((pair.before, BEFORE, 2, "before"), (pair.after, AFTER, 19, "after")):
+            tip = f"{pair.name}, {side}: {exact(value)} {unit}"
+            parts.append(rect(left, y + offset, scale(value) - left, 14, f"f{colour}", tip=tip))
+            parts.append(text(scale(value) + 5, y + offset + 11, compact(value), "small"))
+    parts.append(line(left, top - 4, left, height - 10, "axis"))
+    said = "; ".join(f"{p.name} {compact(p.before)} → {compact(p.after)}" for p in pairs)
+    return Plot(name, title, f"{unit}, before → after: {said}.", NARROW, height, "".join(parts))
+
+
+def layer_bars(name: str, title: str, bars: Sequence[Bar]) -> Plot:
+    """A column per layer, coloured by kind; a dash marks what it was before."""
+    left, top, bottom, right = 62, 34, 118, 12
+    height = 330
+    most = max((max(b.before, b.after) for b in bars), default=0) or 1
+    y = Scale(0, most * 1.05, height - bottom, top)
+    step = (WIDE - left - right) / max(len(bars), 1)
+    parts = [_horizontal_grid(y, left, WIDE - right)]
+    kinds = [k for k in KIND_COLOURS if any(b.kind == k for b in bars)]
+    parts.append(_legend([(KIND_NAMES[k], KIND_COLOURS[k]) for k in kinds], left, 16, after="dash: before"))
+    label_every = math.ceil(13 / step)
+    for i, bar in enumerate(bars):
+        x, width = left + step * i, max(step * 0.72, 1)
+        tip = f"{bar.name}: {exact(bar.before)} → {exact(bar.after)} OPs"
+        parts.append(rect(x + (step - width) / 2, y(bar.after), width, y(0) - y(bar.after), _fill(bar.kind), tip=tip))
+        parts.append(line(x + step * 0.06, y(bar.before), x + step * 0.94, y(bar.before), "axis", width=2))
+        if i % label_every == 0:
+            place = f"translate({x + step / 2 + 4:.1f} {height - bottom + 8}) rotate(-58)"
+            label = text(0, 0, shortened(bar.name, 19), "small", anchor="end")
+            parts.append(f'<g transform="{place}">{label}</g>')
+    parts.append(line(left, y(0), WIDE - right, y(0), "axis"))
+    largest = sorted(bars, key=lambda b: -b.after)[:3]
+    said = ", ".join(f"{b.name} {compact(b.after)}" for b in largest)
+    return Plot(name, title, f"OPs of {len(bars)} layers; largest afterwards: {said}.", WIDE, height, "".join(parts))
+
+
+def landscape(name: str, title: str, points: Sequence[Point]) -> Plot:
+    """Accuracy over operations; a network whose accuracy is not known is a vertical line."""
+    left, top, bottom, right, height = 52, 40, 46, 20, 430
+    width = 720
+    known = [p for p in points if p.top1 is not None]
+    fewest, most = min(p.ops for p in points), max(p.ops for p in points)
+    # Networks that cost nearly the same stand nearly at the same place.
+    margin = max(0.1 * (most - fewest), 0.15 * most)
+    x_low, x_high = fewest - margin, most + margin
+    heights = [p.top1 for p in known if p.top1 is not None] or [0.0, 100.0]
+    y_low, y_high = rounded_range(min(heights), max(heights), margin=0.12)
+    x, y = Scale(max(x_low, 0), x_high, left, width - right), Scale(y_low, y_high, height - bottom, top)
+    parts = [
+        _horizontal_grid(y, left, width - right, plain=True),
+        line(left, y(y_low), width - right, y(y_low), "axis"),
+    ]
+    for tick in ticks(x.low, x.high, 6):
+        parts.append(line(x(tick), y(y_low), x(tick), y(y_low) + 4, "axis"))
+        parts.append(text(x(tick), height - bottom + 18, compact(tick), "soft small", anchor="middle"))
+    parts.append(text((left + width - right) / 2, height - 8, "OPs without BN", "soft", anchor="middle"))
+    parts.append(text(left, top - 10, "top-1 %", "soft", anchor="middle"))
+    groups = list(dict.fromkeys(p.group for p in points))
+    styles = {g: ((5, 1, 2, 3, 4, 6)[i % 6], _MARKERS[i % 4]) for i, g in enumerate(groups)}
+    parts.append(_marker_legend(styles, left + 46, 16))
+    taken: list[tuple[float, float, float, float]] = [_around(x(p.ops), y(p.top1)) for p in known if p.top1 is not None]
+    for point in points:
+        colour, shape = styles[point.group]
+        if point.top1 is None:
+            parts.append(line(x(point.ops), top, x(point.ops), y(y_low), f"s{colour}", width=2, dash="5 4"))
+            label = f"{point.name} (accuracy not known)"
+            parts.append(_label(label, x(point.ops), height - bottom - 16, taken, width - right, "small"))
+            continue
+        tip = f"{point.name}: {exact(point.ops)} OPs, top-1 {point.top1:g} %"
+        parts.append(marker(shape, x(point.ops), y(point.top1), f"f{colour}", tip=tip))
+        parts.append(_label(point.name, x(point.ops), y(point.top1), taken, width - right, "small"))
+    said = "; ".join(f"{p.name} {compact(p.ops)}{'' if p.top1 is None else f', {p.top1:g} %'}" for p in points)
+    return Plot(name, title, f"OPs and top-1 accuracy: {said}.", width, height, "".join(parts))
+
+
+def histogram(name: str, title: str, sides: Sequence[tuple[str, Sequence[int]]], reach: float, axis: str) -> Plot:
+    """Shares per bin, sides as outlines over one another; filled for the last one."""
+    left, top, bottom, right, height = 44, 34, 42, 12, 240
+    shares = [(side, [n / (sum(counts) or 1) for n in counts]) for side, counts in sides]
+    most = max((max(s) for _, s in shares if s), default=0) or 1
+    x, y = Scale(-reach, reach, left, NARROW - right), Scale(0, most * 1.06, height - bottom, top)
+    parts = [_horizontal_grid(y, left, NARROW - right, as_percent=True)]
+    legend, drawn = [], []
+    for i, (side, values) in enumerate(shares):
+        colour = AFTER if i == len(shares) - 1 else BEFORE
+        legend.append((side, colour))
+        width = 2 * reach / len(values)
+        corners = [(x(-reach), y(0))]
+        for b, value in enumerate(values):
+            corners += [(x(-reach + b * width), y(value)), (x(-reach + (b + 1) * width), y(value))]
+        corners.append((x(reach), y(0)))
+        drawn.append(curve(corners, f"s{colour}", dash="" if colour == AFTER else "5 4"))
+    parts += reversed(drawn)
+    for tick in ticks(-reach, reach, 6):
+        parts.append(text(x(tick), height - bottom + 16, f"{tick:g}", "soft small", anchor="middle"))
+    parts.append(line(left, y(0), NARROW - right, y(0), "axis"))
+    parts.append(text((left + NARROW - right) / 2, height - 8, axis, "soft", anchor="middle"))
+    parts.append(_legend(legend, left, 16))
+    middle = len(shares[-1][1]) // 2 if shares else 0
+    said = "; ".join(f"{side}: {100 * sum(v[middle - 4 : middle + 4]):.1f} % in the middle" for side, v in shares)
+    said += f" eight of {2 * middle} bins" if shares else ""
+    return Plot(name, title, f"Distribution of {axis} within ±{reach:g}. {said}.", NARROW, height, "".join(parts))
+
+
+def lines(
+    name: str, title: str, curves: Sequence[Line], *, across: str, unit: str = "",
+    target: tuple[str, float] | None = None, low: float | None = None, high: float | None = None,
+) -> Plot:  # fmt: skip
+    """Curves over one axis; target: a horizontal line with its name."""
+    left, top, bottom, right, height = 48, 52, 42, 14, 280
+    shown = [c for c in curves if c.points]
+    xs = [px for c in shown for px, _ in c.points] or [0.0, 1.0]
+    ys = [py for c in shown for _, py in c.points] + ([target[1]] if target else []) or [0.0, 1.0]
+    y_low, y_high = rounded_range(min(ys), max(ys))
+    y_low, y_high = y_low if low is None else low, y_high if high is None else high
+    x, y = Scale(min(xs), max(xs), left, NARROW - right), Scale(y_low, y_high, height - bottom, top)
+    parts = [
+        _horizontal_grid(y, left, NARROW - right, plain=True),
+        line(left, y(y_low), NARROW - right, y(y_low), "axis"),
+    ]
+    for tick in ticks(x.low, x.high, 6):
+        if tick == int(tick):
+            parts.append(text(x(tick), height - bottom + 16, f"{tick:g}", "soft small", anchor="middle"))
+    parts.append(text((left + NARROW - right) / 2, height - 8, across, "soft", anchor="middle"))
+    parts.append(text(6, top - 10, unit, "soft small"))
+    if target:
+        parts.append(line(left, y(target[1]), NARROW - right, y(target[1]), "s6", width=1.5, dash="7 4"))
+        parts.append(text(NARROW - right, y(target[1]) - 5, target[0], "small", anchor="end"))
+    legend: list[tuple[str, int]] = []
+    drawn = []
+    for i, one in enumerate(shown):
+        colour = one.colour or i % 6 + 1
+        pixels = [(x(px), y(min(max(py, y_low), y_high))) for px, py in one.points]
+        dash = "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 6 % 4 if len(shown) > 6 else i % 4]
+        drawn.append(curve(pixels, f"s{colour}", dash=dash))
+        if len(pixels) <= 12:
+            drawn[-1] += "".join(marker("circle", px, py, f"f{colour}", size=2.5) for px, py in pixels)
+        legend.append((one.name, colour))
+    parts += reversed(drawn)  # the dashed ones on top: a line that another one covers is still seen
+    parts.append(_legend(legend, left, 16, room=NARROW - left - right))
+    ends = "; ".join(f"{c.name} from {c.points[0][1]:.4g} to {c.points[-1][1]:.4g}" for c in shown)
+    return Plot(name, title, f"{title} by {across}: {ends or 'no values yet'}.", NARROW, height, "".join(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of charts
+
+
+def _fill(kind: str) -> str:
+    return f"f{KIND_COLOURS.get(kind, 5)}"
+
+
+def _horizontal_grid(
+    y: Scale, left: float, right: float, *, plain: bool = False, as_percent: bool = False
+) -> str:  # fmt: skip
+    parts = []
+    for tick in ticks(y.low, y.high):
+        words = f"{tick:g}" if plain else f"{100 * tick:.3g} %" if as_percent else compact(tick)
+        parts.append(line(left, y(tick), right, y(tick), "grid"))
+        parts.append(text(left - 6, y(tick) + 4, words, "soft small", anchor="end"))
+    return "".join(parts)
+
+
+def _legend(entries: Sequence[tuple[str, int]], x: float, y: float, *, after: str = "", room: float = 0) -> str:
+    """Squares with names, in lines of `room` pixels."""
+    parts, start = [], x
+    for name, colour in entries:
+        words = shortened(name, 34)
+        needed = 16 + text_width(words) + 14
+        if room and x > start and x + needed - start > room:
+            x, y = start, y + 16
+        parts.append(rect(x, y - 10, 11, 11, f"f{colour}") + text(x + 16, y, words))
+        x += needed
+    return "".join(parts) + (text(x, y, after, "soft") if after else "")
+
+
+def _marker_legend(styles: Mapping[str, tuple[int, str]], x: float, y: float) -> str:
+    parts = []
+    for group, (colour, shape) in styles.items():
+        parts.append(marker(shape, x, y - 4, f"f{colour}") + text(x + 11, y, group))
+        x += 11 + text_width(group) + 18
+    return "".join(parts)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _around(x: float, y: float) -> Box:
+    return x - 6, y - 6, x + 6, y + 6
+
+
+def _label(words: str, x: float, y: float, taken: list[Box], right: float, css: str) -> str:
+    """A name beside its point: at the first place that is free, else at the first."""
+    words = shortened(words, 40)
+    width = text_width(words, 10.5)
+    for side, dy in ((1, 4), (-1, 4), (1, -8), (1, 16), (-1, -8), (-1, 16), (1, -20), (1, 28), (-1, -20), (-1, 28)):
+        at = x + 9 if side > 0 else x - 9 - width
+        box = (at, y + dy - 10, at + width, y + dy + 2)
+        inside = at >= 2 and box[2] <= right + 18
+        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            break
+    else:
+        at, dy = (x + 9, 4) if x + 9 + width <= right + 18 else (x - 9 - width, 4)
+        box = (at, y + dy - 10, at + width, y + dy + 2)
+    taken.append(box)
+    return text(at, y + dy, words, css)
