@@ -13,7 +13,12 @@ from typer.models import CommandInfo
 import repbnn_cli
 from repbnn_cli import runs
 from repbnn_cli.cli import (  # noqa: F401 — importing them registers their commands
-    advice, costs, deploy, report, surgery, training,
+    advice,
+    costs,
+    deploy,
+    report,
+    surgery,
+    training,
 )  # fmt: skip
 from repbnn_cli.cli.options import app
 from repbnn_cli.errors import RepbnnError

@@ -54,8 +54,7 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _row(name: str, record: RunRecord) -> tuple[Line, ...]:
-    stage = record.stage
-    published = stage.published if stage else None
+    published = record.reached[-1].published if record.reached else None
     before = next((row.get("test_top1") for row in record.rows if row["epoch"] == 0), None)
     beta = f", β = {record.beta}" if record.beta else ""
     return (
@@ -67,8 +66,8 @@ def _row(name: str, record: RunRecord) -> tuple[Line, ...]:
 
 
 def _state(name: str, record: RunRecord) -> Line:
-    stage = record.stage
-    table = f"; the paper's figure is of {stage.table}" if stage and stage.table and stage.published is not None else ""
+    told = next((r for r in reversed(record.reached) if r.table and r.published is not None), None)
+    table = f"; the paper's figure is of {told.table}" if told else ""
     best = f"; best after epoch {record.best_epoch}" if record.best_epoch is not None else ""
     return (Code(name), f": {record.state}{best}{table}", *(f"; {note}" for note in record.data_notes))
 
@@ -106,9 +105,8 @@ def _named(name: str) -> Value:
 
 def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]:
     both = len(records) > 1
-    target = next(
-        ((f"paper: {r.stage.published:g}", r.stage.published) for r in records if r.stage and r.stage.published), None
-    )
+    published = [r.reached[-1].published for r in records if r.reached]
+    target = next(((f"paper: {value:g}", value) for value in published if value is not None), None)
 
     def curves(*parts: tuple[str, Value]) -> list[Curve]:
         found = []
