@@ -2,6 +2,7 @@
 
 Every kind convolves binarize_input(x) with binary_weight() by one F.conv2d (the gated kind by two); what follows, a
 learned scale or a gate, works on convolution outputs. Shapes: O output channels, I input channels, (kh, kw) kernel.
+Where `signs_convolved_by` says so, something faster convolves signs in the place of F.conv2d.
 
 t and k of the sign estimators are schedule state, not weights: 0-dim CPU tensors held as plain attributes. Buffers
 would be lost where a network is built on the meta device and filled with load_state_dict(assign=True), and Python
@@ -13,6 +14,8 @@ and k = 1, which is where a trained network left off.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -28,6 +31,14 @@ from repbnn_cli.binarize import (
     ste_sign,
     uniform_quantize,
 )
+
+Pair = tuple[int, int]
+ConvolveSigns = Callable[[Tensor, Tensor, Pair, Pair], Tensor]
+"""(signs, kernel, stride, padding) → F.conv2d(signs, kernel, None, stride, padding), with its gradients for both.
+
+signs: (N, I, H, W), ±1, or 0 where an activation is exactly 0. kernel: (O, I, kh, kw), ±1 times one scale per filter
+(almost one: see scaled_sign on its last bits), or 0 where a latent weight is exactly 0.
+"""
 
 FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of activations (N, C, H, W) but the sample
 
@@ -46,6 +57,7 @@ class BinaryConv2d(nn.Module):
     weight_bits: ClassVar[int] = 1
     activation_bits: ClassVar[int] = 1
     groups: ClassVar[int] = 1
+    conv_signs: ConvolveSigns | None = None
 
     def __init__(
         self,
@@ -103,7 +115,13 @@ class BinaryConv2d(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.binarize_input(x), self.binary_weight(), None, stride=self.stride, padding=self.padding)
+        return self.convolve_signs(self.binarize_input(x), self.binary_weight())
+
+    def convolve_signs(self, signs: Tensor, kernel: Tensor) -> Tensor:
+        """The convolution of what `ConvolveSigns` takes."""
+        if self.conv_signs is not None:
+            return self.conv_signs(signs, kernel, self.stride, self.padding)
+        return F.conv2d(signs, kernel, None, stride=self.stride, padding=self.padding)
 
     def extra_repr(self) -> str:
         return (
@@ -342,10 +360,23 @@ class GatedConv2d(FracConv2d):
         full_bits, kernel = self.binarize_input(x), self.binary_weight()
         # Times 2/3 after the convolution: a sum of ±1 is exact, and the gate compares its output with a threshold.
         top_bit = ste_sign(full_bits)
-        coarse = F.conv2d(top_bit, kernel, None, stride=self.stride, padding=self.padding) * 2 / 3
+        coarse = self.convolve_signs(top_bit, kernel) * 2 / 3
         full = F.conv2d(full_bits, kernel, None, stride=self.stride, padding=self.padding)
         gate = gate_step(torch.sigmoid(5 * (coarse - self.threshold)) - 0.5)
         return gate * full + (1 - gate) * coarse
+
+
+@contextmanager
+def signs_convolved_by(network: nn.Module, conv_signs: ConvolveSigns | None) -> Iterator[None]:
+    """Meanwhile the binary convolutions of `network` call conv_signs; None is F.conv2d."""
+    before = [(m, m.conv_signs) for m in network.modules() if isinstance(m, BinaryConv2d)]
+    for conv, _ in before:
+        conv.conv_signs = conv_signs
+    try:
+        yield
+    finally:
+        for conv, earlier in before:
+            conv.conv_signs = earlier
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

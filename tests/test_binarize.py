@@ -17,10 +17,13 @@ from repbnn_cli.binary_conv import (
     FracConv2d,
     GatedConv2d,
     IRConv2d,
+    Pair,
     RBNNConv2d,
     ReCUConv2d,
     SignConv2d,
+    signs_convolved_by,
 )
+from repbnn_cli.train.health import float_kernels
 
 KINDS: dict[str, Callable[..., BinaryConv2d]] = {
     "irnet": IRConv2d,
@@ -263,3 +266,30 @@ def test_constant_filter_and_constant_sample_stay_finite() -> None:
         conv = kind(4, 2, 3)
         torch.nn.init.constant_(conv.weight, 0.5)
         assert conv(torch.full((1, 4, 5, 5), 0.25)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signs_are_convolved_by_what_is_asked(kind: str) -> None:
+    """It gets signs, and one magnitude per filter; 2-bit activations and float kernels never go there."""
+    torch.manual_seed(0)
+    conv, x = KINDS[kind](6, 4, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)
+    expected, calls = conv(x), []
+
+    def convolve(signs: Tensor, kernel: Tensor, stride: Pair, padding: Pair) -> Tensor:
+        calls.append((signs, kernel))
+        return F.conv2d(signs, kernel, None, stride, padding)
+
+    with signs_convolved_by(conv, convolve):
+        assert torch.equal(conv(x), expected)
+        assert len(calls) == 1
+        with float_kernels(conv):
+            assert not torch.equal(conv(x), expected)
+        assert len(calls) == 1
+        assert torch.equal(conv(x), expected)
+        assert len(calls) == 2
+    assert torch.equal(conv(x), expected)
+    assert len(calls) == 2
+    signs, kernel = calls[0]
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
+    largest = kernel.abs().amax((1, 2, 3), keepdim=True).expand_as(kernel)
+    torch.testing.assert_close(kernel.abs(), largest, rtol=1e-4, atol=0)

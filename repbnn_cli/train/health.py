@@ -20,7 +20,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.binary_conv import BinaryConv2d, FracConv2d, IRConv2d, RBNNConv2d, ReCUConv2d, SignConv2d
+from repbnn_cli.binary_conv import (
+    BinaryConv2d,
+    FracConv2d,
+    IRConv2d,
+    RBNNConv2d,
+    ReCUConv2d,
+    SignConv2d,
+    signs_convolved_by,
+)
 from repbnn_cli.train.schedules import standardised
 
 
@@ -74,12 +82,16 @@ def _dead_share(conv: BinaryConv2d) -> Tensor | None:
 @contextmanager
 def float_kernels(network: nn.Module, *, active: bool = True) -> Iterator[None]:
     """Meanwhile every binary convolution applies its latent kernel as it is; activations stay binary."""
-    convs = list(binary_convs(network).values()) if active else []
+    if not active:
+        yield
+        return
+    convs = list(binary_convs(network).values())
     for conv in convs:
         # On the instance, where it goes before the class's method and is no part of the state dict.
         conv.__dict__["binary_weight"] = conv.latent_kernel
     try:
-        yield
+        with signs_convolved_by(network, None):  # a latent kernel has no signs to convolve
+            yield
     finally:
         for conv in convs:
             del conv.__dict__["binary_weight"]
