@@ -11,6 +11,7 @@ BatchNorm), so that the repeated tensor never exists before it is normalised.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,6 +122,13 @@ class Repeat(nn.Module):
         return f"repeats={self.repeats}" + (f", groups={self.groups}" if self.groups > 1 else "")
 
 
+ByBatch = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+"""(x, weight, bias, eps) → (values, mean, biased variance): BatchNorm in training over a repeat.
+
+x: (N, C, H, W); weight, bias: (R·C,); values: (N, R·C, H, W); the statistics of the batch: (C,).
+"""
+
+
 class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over a tensor repeated `repeats` times, computed on its distinct channels.
 
@@ -129,7 +137,10 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
     the C·repeats entries (and names) of that BatchNorm. In training mean, variance and x̂ are computed once per
     distinct channel: the copies would only compute the same numbers again (RepBNN, section 4.4).
     beta: the expansion factor; repeats is b² after a RepConv (the default) and b after a first layer.
+    by_batch: what normalises, repeats, scales and shifts in training instead of torch's operations; see `ByBatch`.
     """
+
+    by_batch: ByBatch | None = None
 
     def __init__(self, num_features: int, repeats: int = 1, beta: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
@@ -140,6 +151,8 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self._by_running_statistics(x)
+        if self.by_batch is not None and self.weight is not None and x.dim() == 4:
+            return self._by_batch(self.by_batch, x)
         n, c, *rest = x.shape
         out = self._normalise(x).unsqueeze(1)
         if self.weight is not None:
@@ -161,6 +174,14 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         ]
         return copies[0] if self.repeats == 1 else torch.cat(copies, 1)
 
+    def _by_batch(self, by_batch: ByBatch, x: Tensor) -> Tensor:
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(f"BatchNorm in training: input {tuple(x.shape)}; expected 2 or more values per channel")
+        values, mean, var = by_batch(x, self.weight, self.bias, self.eps)
+        self._track(mean, var * (count / (count - 1)))
+        return values
+
     def _normalise(self, x: Tensor) -> Tensor:
         """x̂ by batch statistics, (N, C, ...); updates the running statistics of all copies."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -169,12 +190,18 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
         dtype, device = self.running_mean.dtype, self.running_mean.device
         mean, var = torch.zeros(c, dtype=dtype, device=device), torch.ones(c, dtype=dtype, device=device)
         normalised = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.view(self.repeats, c).lerp_(mean, momentum)
-            self.running_var.view(self.repeats, c).lerp_(var, momentum)
+        self._track(mean, var)
         return normalised
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics of all copies towards those of a batch, (C,), var unbiased."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.view(self.repeats, -1).lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.view(self.repeats, -1).lerp_(var.to(self.running_var.dtype), momentum)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, repeats={self.repeats}"  # type: ignore[no-untyped-call]

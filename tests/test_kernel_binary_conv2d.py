@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from repbnn_cli.kernels import packing, reference
 pytest.importorskip("triton")
 
 from repbnn_cli.kernels import sign_packing
-from repbnn_cli.kernels.binary_conv2d import FVCORE_HANDLES, _binary_conv2d, binary_conv2d, tile
+from repbnn_cli.kernels.binary_conv2d import (
+    FVCORE_HANDLES,
+    _binary_conv2d,
+    _sign_conv2d,
+    binary_conv2d,
+    sign_conv2d,
+    tile,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANNELS = [1, 16, 31, 33, 96]
@@ -95,6 +103,59 @@ def test_gradient_equals_the_plain_composition(
         assert torch.equal(mine.grad, other.grad.float())
 
 
+def signs_and_kernel(channels: int, filters: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """±1 without zeros, and a kernel of another magnitude, a power of two, in each filter."""
+    signs = reference.binarize(some(2, channels, 5, 7, dtype=dtype))
+    scale = 2.0 ** (torch.arange(filters, device=DEVICE) % 5 - 2).to(dtype)
+    return signs, reference.binarize(some(filters, channels, size, size, seed=1, dtype=dtype)) * scale.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, (2, 2), (1, 1)), (1, (1, 1), (0, 0)), (3, (1, 2), (0, 1))])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_scaled_signs_equal_the_plain_convolution_bit_for_bit(
+    channels: int, size: int, stride: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
+) -> None:
+    signs, kernel = signs_and_kernel(channels, channels + 2, size, dtype)
+    memory = MEMORY[channels % 2]
+    out = sign_conv2d(signs.contiguous(memory_format=memory), kernel, stride, padding)
+    assert torch.equal(out, F.conv2d(signs.double(), kernel.double(), None, stride, padding).to(dtype))
+    assert out.is_contiguous(memory_format=memory)
+
+
+def test_a_scale_that_is_no_power_of_two_is_applied_once_to_the_exact_sum() -> None:
+    signs, kernel = signs_and_kernel(33, 5, 3, torch.float32)
+    scale = torch.rand(5, 1, 1, 1, generator=torch.Generator().manual_seed(2)).to(DEVICE) + 0.1
+    sums = reference.binary_conv2d(signs, kernel, (1, 1), (1, 1))
+    assert torch.equal(sign_conv2d(signs, kernel.sign() * scale, (1, 1), (1, 1)), sums * scale.view(1, 5, 1, 1))
+    assert sign_conv2d(signs, kernel * float("nan"), (1, 1), (1, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_gradient_of_scaled_signs_is_that_of_the_plain_convolution(
+    stride: tuple[int, int], memory: torch.memory_format
+) -> None:
+    given = signs_and_kernel(33, 4, 3, torch.float64)
+    given = given[0].contiguous(memory_format=memory), given[1]
+    ours, plain = [[t.clone().requires_grad_() for t in given] for _ in range(2)]
+    out, other = sign_conv2d(*ours, stride, (1, 1)), F.conv2d(*plain, None, stride, (1, 1))
+    gradient = some(*other.shape, seed=2, dtype=torch.float64).round()  # integers: every order of summation agrees
+    out.backward(gradient)
+    other.backward(gradient)
+    assert torch.equal(ours[0].grad, plain[0].grad)
+    assert torch.equal(ours[1].grad, plain[1].grad)
+
+
+def test_of_scaled_signs_one_bit_each_is_kept() -> None:
+    signs, kernel = (t.requires_grad_() for t in signs_and_kernel(64, 64, 3, torch.float32))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sign_conv2d(signs, kernel, (1, 1), (1, 1))
+    held = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() != kernel.data_ptr())
+    assert held == signs.numel() // 8
+
+
 def test_given_sign_bits_are_used_instead_of_x() -> None:
     x, weight = some(1, 33, 5, 7).requires_grad_(), some(4, 33, 1, 1, seed=1)
     flipped = packing.pack_activations(-x.detach() - 1e-3)
@@ -118,15 +179,22 @@ def test_is_a_well_behaved_operator() -> None:
     x, weight = some(2, 3, 5, 7).requires_grad_(), some(4, 3, 3, 3, seed=1).requires_grad_()
     torch.library.opcheck(_binary_conv2d, (x, weight, [1, 1], [1, 1], 1.0, math.inf, None))
     signs, mask = sign_packing.pack_signs(x.detach(), 1.0, True)
+    torch.library.opcheck(_sign_conv2d, (x, weight, [2, 1], [1, 0]))
     torch.library.opcheck(sign_packing.pack_signs, (x.detach(), math.inf, True))
     torch.library.opcheck(sign_packing.unpack_signs, (signs, 3, torch.float32))
     torch.library.opcheck(sign_packing.apply_mask, (x.detach(), mask))
 
 
-def test_compiled_equals_eager_without_graph_breaks() -> None:
-    def unit(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.relu(binary_conv2d(x * 2, weight, (1, 1), (1, 1)))
+def with_windows(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.relu(binary_conv2d(x * 2, weight, (1, 1), (1, 1)))
 
+
+def with_own_estimators(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.relu(sign_conv2d(clipped_sign(x, 1.3), clipped_sign(weight, math.inf) * 0.5, (1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("unit", [with_windows, with_own_estimators])
+def test_compiled_equals_eager_without_graph_breaks(unit: Callable[[Tensor, Tensor], Tensor]) -> None:
     results = []
     for function in (unit, torch.compile(unit, fullgraph=True, backend="aot_eager")):
         x, weight = some(2, 16, 5, 7).requires_grad_(), some(4, 16, 3, 3, seed=1).requires_grad_()
@@ -139,16 +207,17 @@ def test_compiled_equals_eager_without_graph_breaks() -> None:
 
 
 class OneConvolution(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(some(8, 16, 3, 3, seed=1))
+        self.function, self.weight = function, nn.Parameter(some(8, 16, 3, 3, seed=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return binary_conv2d(x, self.weight, (1, 1), (1, 1))
+        return self.function(x, self.weight, (1, 1), (1, 1))
 
 
-def test_counters_count_the_multiply_accumulates() -> None:
-    module, x = OneConvolution().to(DEVICE), some(2, 16, 5, 7)
+@pytest.mark.parametrize("function", [binary_conv2d, sign_conv2d])
+def test_counters_count_the_multiply_accumulates(function: Callable[..., Tensor]) -> None:
+    module, x = OneConvolution(function).to(DEVICE), some(2, 16, 5, 7)
     macs = 2 * 5 * 7 * 8 * 16 * 3 * 3
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -161,13 +230,17 @@ def test_counters_count_the_multiply_accumulates() -> None:
 
 def test_emitted_code_uses_tensor_cores_and_spills_nothing() -> None:
     sizes = "pixels channels filters height width out_image out_width out_n out_c out_p"
-    signature = {"words_ptr": "*i32", "kernel_ptr": "*i32", "out_ptr": "*bf16"} | dict.fromkeys(sizes.split(), "i32")
+    signature = {"words_ptr": "*i32", "kernel_ptr": "*i32", "scale_ptr": "*fp32", "out_ptr": "*bf16"} | dict.fromkeys(
+        sizes.split(), "i32"
+    )
     shape = {"WORDS": 2, "KH": 3, "KW": 3, "SY": 1, "SX": 1, "PY": 1, "PX": 1}
-    blocks = [tile(filters) for filters in (16, 64, 128)]
-    convolutions = [
-        {"kernel": "binary_conv2d:_convolve", "signature": signature, "warps": block.pop("num_warps"),
-         "constants": shape | block} for block in blocks
-    ]  # fmt: skip
+    convolutions = []
+    for filters, scaled in ((16, True), (64, True), (128, True), (128, False)):
+        block = tile(filters)
+        warps = block.pop("num_warps")
+        constants = shape | block | {"SCALED": scaled}
+        made = {"kernel": "binary_conv2d:_convolve", "signature": signature, "warps": warps, "constants": constants}
+        convolutions.append(made)
     strides = "pixels channels image stride_n stride_c stride_p"
     packing = {
         "kernel": "sign_packing:_pack",

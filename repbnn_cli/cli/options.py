@@ -44,3 +44,6 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a
 Backend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, triton (fused blocks), or auto.")
 ]
+TrainingBackend = Annotated[
+    str, typer.Option("--backend", help="What runs binary convolutions and repeating BatchNorms: torch, triton, auto.")
+]

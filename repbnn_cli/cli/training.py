@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Backend, Data, Device, Force, Json, Model, app, recipes_app
+from repbnn_cli.cli.options import Arch, Backend, Data, Device, Force, Json, Model, TrainingBackend, app, recipes_app
 
 
 @app.command()
@@ -56,6 +56,7 @@ def finetune(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU: a step as one recorded graph.")
     ] = True,
+    backend: TrainingBackend = "auto",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Metrics for TensorBoard, too, in RUN/tensorboard.")
     ] = False,
@@ -80,8 +81,8 @@ def finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
         teacher_model=teacher_model, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
-        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, tensorboard=tensorboard, output=output,
-        force=force, as_json=as_json,
+        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend, tensorboard=tensorboard,
+        output=output, force=force, as_json=as_json,
     )  # fmt: skip
 
 

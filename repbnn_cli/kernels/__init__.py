@@ -67,16 +67,14 @@ def choose(device: torch.device, requested: str = "auto") -> Backend:
 
 def why_not_triton(device: torch.device) -> str | None:
     """What keeps Triton kernels from running on tensors of `device`; None where they run."""
+    if device.type != "cuda" and not interpreted():
+        return f"device '{device.type}' is no GPU; expected --device cuda (or TRITON_INTERPRET=1, slow, for tests)"
     installed = _triton_version()
     if installed is None:
         return "Triton is not installed; pip install 'repbnn[triton]', or a CUDA build of torch, brings it"
     if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {installed} is too old; expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
-    if interpreted():
-        return None
-    if device.type != "cuda":
-        return f"device '{device.type}' is no GPU; expected --device cuda (or TRITON_INTERPRET=1, slow, for tests)"
-    return _cuda_obstacle(device)
+    return None if interpreted() else _cuda_obstacle(device)
 
 
 def launching(x: Tensor) -> AbstractContextManager[None]:

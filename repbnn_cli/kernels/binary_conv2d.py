@@ -13,6 +13,9 @@ not: pixels outside the image on the one side, channels beyond I on the other; o
 Backward: straight-through, as clipped sign functions x and weight each let the gradient pass where |value| ≤ window.
 The two convolutions are real-valued and stay with the vendor library, with ±1 operands unpacked from the bits that
 forward packed: what is saved is one bit per value for the signs and one for the mask (none with window = inf).
+
+`sign_conv2d` is the same for a caller with estimators of its own, who has signs and a scaled kernel already: the scale
+of each filter is applied where the sums are stored, and the gradients are those of a plain convolution.
 """
 
 from __future__ import annotations
@@ -35,12 +38,12 @@ Pair = tuple[int, int]
 
 @triton.jit
 def _convolve(
-    words_ptr, kernel_ptr, out_ptr, pixels, channels, filters, height, width, out_image, out_width,
+    words_ptr, kernel_ptr, scale_ptr, out_ptr, pixels, channels, filters, height, width, out_image, out_width,
     out_n, out_c, out_p,
     WORDS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PY: tl.constexpr, PX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PY: tl.constexpr, PX: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M output pixels × BLOCK_N filters of words (N, H, W, WORDS) and kernel (O, KH, KW, WORDS)."""
+    """BLOCK_M output pixels × BLOCK_N filters of words (N, H, W, WORDS), kernel (O, KH, KW, WORDS) and scale (O,)."""
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     out_filter = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, 32)
@@ -61,7 +64,12 @@ def _convolve(
     row = sample.to(tl.int64) * out_n + spot.to(tl.int64) * out_p
     place = row[:, None] + out_filter.to(tl.int64)[None, :] * out_c
     inside = (pixel < pixels)[:, None] & (out_filter < filters)[None, :]
-    tl.store(out_ptr + place, total.to(tl.float32).to(out_ptr.dtype.element_ty), mask=inside)
+    if SCALED:
+        scale = tl.load(scale_ptr + out_filter, mask=out_filter < filters, other=0.0)
+        out = total.to(scale_ptr.dtype.element_ty) * scale[None, :]
+    else:
+        out = total.to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def tile(filters: int) -> dict[str, int]:
@@ -71,17 +79,22 @@ def tile(filters: int) -> dict[str, int]:
 
 
 def convolve_packed(
-    words: Tensor, kernel_words: Tensor, in_channels: int, stride: Sequence[int], padding: Sequence[int], out: Tensor
-) -> None:
-    """Fills out (N, O, H', W'), NCHW or channels_last, from words (N, H, W, L) and kernel_words (O, kh, kw, L)."""
+    words: Tensor, kernel_words: Tensor, in_channels: int, stride: Sequence[int], padding: Sequence[int], out: Tensor,
+    scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills out (N, O, H', W'), NCHW or channels_last, from words (N, H, W, L) and kernel_words (O, kh, kw, L).
+
+    scale: (O,) float32 or float64, times which the sums are stored.
+    """
     (_, height, width, length), (filters, kh, kw, _) = words.shape, kernel_words.shape
     n, _, rows, cols = out.shape
     blocks = tile(filters)
     grid = (triton.cdiv(n * rows * cols, blocks["BLOCK_M"]), triton.cdiv(filters, blocks["BLOCK_N"]))
     _convolve[grid](
-        words, kernel_words, out, n * rows * cols, in_channels, filters, height, width, rows * cols, cols,
-        *flat_pixels(out)[1], WORDS=length, KH=kh, KW=kw, SY=stride[0], SX=stride[1], PY=padding[0], PX=padding[1],
-        **blocks,
+        words, kernel_words, out if scale is None else scale, out, n * rows * cols, in_channels, filters,
+        height, width, rows * cols, cols, *flat_pixels(out)[1],
+        WORDS=length, KH=kh, KW=kw, SY=stride[0], SX=stride[1], PY=padding[0], PX=padding[1],
+        SCALED=scale is not None, **blocks,
     )  # fmt: skip
 
 
@@ -167,12 +180,68 @@ def binary_conv2d(
     return cast(Tensor, _binary_conv2d(x, weight, stride, padding, x_window, weight_window, x_signs)[0])
 
 
+@torch.library.custom_op(
+    "repbnn::sign_conv2d",
+    mutates_args=(),
+    schema="(Tensor signs, Tensor kernel, SymInt[2] stride, SymInt[2] padding) -> (Tensor, Tensor)",
+)
+def _sign_conv2d(signs: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(out, bits of signs)."""
+    out = _out_like(signs, kernel, stride, padding)
+    words, kernel_words = pack(signs)[0], pack(kernel)[0]
+    scale = kernel.abs().amax((1, 2, 3)).to(torch.promote_types(kernel.dtype, torch.float32))
+    with launching(signs):
+        convolve_packed(words, kernel_words, signs.shape[1], stride, padding, out, scale)
+    return out, words
+
+
+def _scaled_like(signs: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return _out_like(signs, kernel, stride, padding), packed_like(signs)[0]
+
+
+def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    signs, kernel, stride, padding = inputs
+    ctx.save_for_backward(output[1], kernel)
+    ctx.signs_dtype, ctx.stride, ctx.padding = signs.dtype, list(stride), list(padding)
+    ctx.set_materialize_grads(False)
+
+
+def _scaled_backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 4
+    words, kernel = ctx.saved_tensors
+    to_signs, to_kernel, *_ = torch.ops.aten.convolution_backward(
+        gradient, unpack_signs(words, kernel.shape[1], gradient.dtype), kernel.to(gradient.dtype), None,
+        ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False),
+    )  # fmt: skip
+    return (
+        None if to_signs is None else to_signs.to(ctx.signs_dtype),
+        None if to_kernel is None else to_kernel.to(kernel.dtype),
+        None, None,
+    )  # fmt: skip
+
+
+_sign_conv2d.register_fake(_scaled_like)
+_sign_conv2d.register_autograd(_scaled_backward, setup_context=_save_scaled)
+
+
+def sign_conv2d(signs: Tensor, kernel: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """F.conv2d(signs, kernel, None, stride, padding) of signs (N, I, H, W) and a kernel (O, I, kh, kw) of scaled signs.
+
+    The magnitude of a filter is its largest one, and a 0 on either side counts as +1: other kernels are not for here.
+    The integer sums are exact; they are multiplied by the scale and rounded once to the dtype of signs. Gradients are
+    those of F.conv2d, by the vendor library; of signs one bit per value is kept for them. A NaN in the kernel reaches
+    the result, one among the signs does not.
+    """
+    return cast(Tensor, _sign_conv2d(signs, kernel, stride, padding)[0])
+
+
 def count_macs(weight: Sequence[int], out: Sequence[int]) -> int:
     """Multiply-accumulates of the forward convolution from the shapes of its tensors; padded positions count."""
     return math.prod(out) * math.prod(weight[1:])
 
 
-@register_flop_formula(torch.ops.repbnn.binary_conv2d)
+@register_flop_formula([torch.ops.repbnn.binary_conv2d, torch.ops.repbnn.sign_conv2d])
 def _torch_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     """For torch.utils.flop_counter, whose convolutions count a multiply-accumulate as two."""
     return 2 * count_macs(weight, out_shape[0])
@@ -182,5 +251,5 @@ def _fvcore_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return count_macs(inputs[1].type().sizes(), outputs[0].type().sizes())
 
 
-FVCORE_HANDLES = {"repbnn::binary_conv2d": _fvcore_macs}
+FVCORE_HANDLES = {"repbnn::binary_conv2d": _fvcore_macs, "repbnn::sign_conv2d": _fvcore_macs}
 """For fvcore.nn.FlopCountAnalysis(...).set_op_handle(**FVCORE_HANDLES), which counts a multiply-accumulate as one."""

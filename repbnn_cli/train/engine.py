@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repbnn_cli.errors import DivergedError, StoppedError
 from repbnn_cli.runs import Progress
-from repbnn_cli.train import guards, health, measure, memory, recipes, state
+from repbnn_cli.train import backends, guards, health, measure, memory, recipes, state
 from repbnn_cli.train.captured import Captured
 from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import Feed, open_feed
@@ -49,7 +49,8 @@ class Options:
     cuda_graph: on a GPU, record a step once and replay it (with several processes steps are never recorded).
     log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
     within an epoch, 0 for none; save_seconds: an epoch that ends sooner after the last state gets none, but for a
-    stage's last; keep: states that stay. workers: processes that decode images from folders.
+    stage's last; keep: states that stay. workers: processes that decode images from folders. backend: torch or triton,
+    see backends.py.
     """
 
     channels_last: bool = True
@@ -61,6 +62,7 @@ class Options:
     save_seconds: float = 0.0
     keep: int = 2
     workers: int = 2
+    backend: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def finetune(
         "channels_last": options.channels_last,
         "autocast": options.autocast,
         "processes": ranks.size,
+        "backend": None if options.backend == "torch" else options.backend,  # None: as in runs from before the choice
     }
     environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
                    **state.record_of(recipe, about or {}, dataset.name, len(feed.train))}  # fmt: skip
@@ -141,6 +144,7 @@ def finetune(
         signals = stack.enter_context(Signals(patient=ranks.size > 1))
         ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment, resume=resume))
         stack.enter_context(synchronised(network, ranks))
+        stack.enter_context(backends.running_on(network, options.backend, ranks))
         torch.manual_seed(seed + ranks.rank)
         facts = {"recipe": recipe.name, "recipe_text": recipe.text, "seed": seed, "data": dataset.name,
                  "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes)}  # fmt: skip
@@ -252,9 +256,9 @@ class _Trainer:
         self._load_average()
         self.network.eval()
         last = self._publish("last.pt", self.last_top1, self.best["last_epoch"])
-        best, notes = self.run.checkpoints / "best.pt", tuple(self.binarization.notes())
-        top1, epoch = self.best["top1"], self.best["epoch"]
-        return Outcome(self.last_top1, top1, epoch, self.run.path, best, last, tuple(self.rows), notes)
+        best, top1, epoch = self.run.checkpoints / "best.pt", self.best["top1"], self.best["epoch"]
+        notes = self.binarization.notes() + backends.notes(self.network, self.feed.example, self.options.backend)
+        return Outcome(self.last_top1, top1, epoch, self.run.path, best, last, tuple(self.rows), tuple(notes))
 
     def _stage(self, stage: Stage) -> None:
         epochs = stage.length(len(self.feed.train))
