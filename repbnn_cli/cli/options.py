@@ -45,5 +45,5 @@ Backend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, triton (fused blocks), or auto.")
 ]
 TrainingBackend = Annotated[
-    str, typer.Option("--backend", help="What runs binary convolutions and repeating BatchNorms: torch, triton, auto.")
+    str, typer.Option("--backend", help="What runs binary convolutions: torch, int8 (CPU, exact), triton, or auto.")
 ]

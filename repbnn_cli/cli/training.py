@@ -57,6 +57,12 @@ def finetune(
         bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU: a step as one recorded graph.")
     ] = True,
     backend: TrainingBackend = "auto",
+    gradients: Annotated[
+        str, typer.Option("--gradients", help="Of binary convolutions, backend int8: exact, or bf16, rounded, faster.")
+    ] = "exact",
+    compile_mode: Annotated[
+        str, typer.Option("--compile", help="torch.compile: auto (where a run is long enough), on, off.")
+    ] = "auto",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Metrics for TensorBoard, too, in RUN/tensorboard.")
     ] = False,
@@ -81,8 +87,8 @@ def finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
         teacher_model=teacher_model, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
-        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend, tensorboard=tensorboard,
-        output=output, force=force, as_json=as_json,
+        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend, gradients=gradients,
+        compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force, as_json=as_json,
     )  # fmt: skip
 
 

@@ -29,12 +29,12 @@ def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float, teacher: str | None,
     teacher_arch: str | None, teacher_model: str | None, calibrate: int, arch: str | None, model: str | None,
-    save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, tensorboard: bool,
-    output: str | None, force: bool, as_json: bool,
+    save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, gradients: str, compile_mode: str,
+    tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe."""
     targets.check_output(output, force=force)
-    choose(pupils.device_of(device), backend)  # what cannot run is said before anything is loaded
+    backends.choose(pupils.device_of(device), backend, gradients)  # what cannot run is said before anything is loaded
     torch.manual_seed(seed)
     pupil = pupils.load(target, arch=arch, model=model)
     if pupil.packed is not None:
@@ -45,7 +45,7 @@ def finetune(
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
-        running = choose(place, backend)
+        running = backends.choose(place, backend, gradients)
         views.say(*backends.lines(pupil.network, running, ranks))
         with ranks.first_before_others():
             dataset = pupils.dataset(data, pupil.origin)
@@ -59,11 +59,12 @@ def finetune(
             calibrate=calibrate if pupil.inherited else 0, package=pupil.package(), about=pupil.facts(),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
-                backend=running.name, log_every=10 if place.type == "cpu" else 50,
-                save_seconds=0 if place.type == "cpu" else 10,
+                backend=running.name, gradients=gradients, compile=compile_mode,
+                log_every=10 if place.type == "cpu" else 50, save_seconds=0 if place.type == "cpu" else 10,
             ),
             on_step=watcher.step if watcher else None,
             on_epoch=(lambda row: _each(row, watcher.epoch, log)) if watcher else None,
+            on_note=views.say if ranks.first else None,
         )  # fmt: skip
     if ranks.first:
         _deliver(pupil, outcome, dataset, output, force=force, as_json=as_json)

@@ -9,6 +9,7 @@
 | rep_batch_norm.py | BatchNorm of training over a repeat, with residual, clamp and sign, in Triton |
 | rep_bconv_fused.py | a packed block in one kernel, in Triton |
 | binary_mma.py | its product on binary tensor cores |
+| int8_conv2d.py | the convolution of signs on a CPU, in 8-bit integers, with its gradient |
 | binary_conv2d.py | the binary convolution of training, in Triton, with its gradient |
 
 Triton needs a GPU, or TRITON_INTERPRET=1, with which its kernels run in Python on the CPU: a thousand times slower, for
@@ -38,7 +39,7 @@ OLDEST_GPU = (8, 0)  # int8 and binary tensor cores, as the kernels use them
 class Backend:
     """What runs the binary operators. why: half a sentence for the user, e.g. "asked for"."""
 
-    name: Literal["torch", "triton"]
+    name: Literal["torch", "int8", "triton"]
     why: str
 
     def __str__(self) -> str:

@@ -1,31 +1,70 @@
 """Which kernels a network trains on: hands those of a backend to the layers that can take them.
 
-Triton takes over the forward of every binary convolution of repbnn's own kinds (whose gradients stay with the vendor
-library), and forward and backward of the BatchNorms that stand over a repeat. The user's own binary convolutions, the
-plain BatchNorms and the 2-bit part of a gated convolution stay with torch.
+| backend | runs |
+| --- | --- |
+| torch | everything as the layers say |
+| int8 | on a CPU: the forward of every binary convolution of repbnn's own kinds in 8-bit integers, exactly |
+| triton | the same on packed bits, and forward and backward of the BatchNorms that stand over a repeat |
+
+The gradients of these convolutions are real-valued and stay with the vendor library; so do the user's own binary
+convolutions, the plain BatchNorms and the 2-bit part of a gated convolution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repbnn_cli import kernels
 from repbnn_cli.binary_conv import BinaryConv2d, Pair, signs_convolved_by
 from repbnn_cli.errors import UsageError
-from repbnn_cli.kernels import Backend
+from repbnn_cli.kernels import Backend, int8_conv2d
 from repbnn_cli.rep_layers import RepBatchNorm2d
 from repbnn_cli.train.ranks import Ranks
 
+GRADIENTS = {"exact": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose(device: torch.device, requested: str = "auto", gradients: str = "exact") -> Backend:
+    """As kernels.choose, with int8: what `auto` means on a CPU where PyTorch has it. gradients: a key of GRADIENTS.
+
+    Raises UsageError for what cannot run.
+    """
+    if gradients not in GRADIENTS:
+        raise UsageError(f"--gradients: unknown value '{gradients}'; expected one of {', '.join(GRADIENTS)}")
+    chosen = _choose(device, requested)
+    if gradients != "exact" and chosen.name != "int8":
+        raise UsageError(
+            f"--gradients {gradients}: is part of backend int8, and this run has backend {chosen.name}; leave it out"
+        )
+    return chosen
+
+
+def _choose(device: torch.device, requested: str) -> Backend:
+    if requested not in ("auto", "int8"):
+        return kernels.choose(device, requested)
+    if device.type == "cpu" and int8_conv2d.available():
+        return Backend("int8", "asked for" if requested == "int8" else "exact, and the fastest on a CPU")
+    if requested == "auto":
+        return kernels.choose(device)
+    missing = "this PyTorch lacks it on this computer" if device.type == "cpu" else f"device '{device.type}' is no CPU"
+    raise UsageError(f"--backend int8: {missing}; --backend torch runs everywhere")
+
 
 @contextmanager
-def running_on(network: nn.Module, backend: str, ranks: Ranks) -> Iterator[None]:
+def running_on(network: nn.Module, backend: str, ranks: Ranks, gradients: str = "exact") -> Iterator[None]:
     """Meanwhile the layers of `network` that can run on the kernels of `backend` do."""
     if backend == "torch":
         yield
+        return
+    if backend == "int8":
+        with signs_convolved_by(network, partial(int8_conv2d.sign_conv2d, gradients=GRADIENTS[gradients])):
+            yield
         return
     from repbnn_cli.kernels.binary_conv2d import sign_conv2d  # imports Triton
 
@@ -51,6 +90,8 @@ def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
     if backend.name == "torch":
         return [f"backend {backend}"]
     convs, norms = sum(isinstance(m, BinaryConv2d) for m in network.modules()), len(repeating_norms(network, ranks))
+    if backend.name == "int8":
+        return [f"backend {backend}: forward of {convs} binary convolutions"] if convs else ["backend torch"]
     if not convs:
         raise UsageError(
             f"--backend {backend.name}: the network has no binary convolution of repbnn's own kinds (those of the "
@@ -61,7 +102,7 @@ def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
 
 def notes(network: nn.Module, images: Tensor, backend: str) -> list[str]:
     """What exact zeros, seen on a few images, mean for training on packed bits; nothing where there are none."""
-    if backend == "torch":
+    if backend != "triton":  # the others know a 0
         return []
     found: list[Tensor] = []
 

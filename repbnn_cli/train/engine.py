@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repbnn_cli.errors import DivergedError, StoppedError
 from repbnn_cli.runs import Progress
-from repbnn_cli.train import backends, guards, health, measure, memory, recipes, state
+from repbnn_cli.train import backends, compiled, guards, health, measure, memory, recipes, state
 from repbnn_cli.train.captured import Captured
 from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import Feed, open_feed
@@ -46,15 +46,17 @@ class Options:
     """How a run is computed and recorded; nothing of the method.
 
     autocast: bfloat16 where PyTorch's autocast takes it; it rounds what a sign decides on, so results differ.
-    cuda_graph: on a GPU, record a step once and replay it (with several processes steps are never recorded).
+    compile: "auto", "on" or "off", see `compiled`. cuda_graph: on a GPU, record a step once and replay it (with several
+    processes steps are never recorded).
     log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
     within an epoch, 0 for none; save_seconds: an epoch that ends sooner after the last state gets none, but for a
-    stage's last; keep: states that stay. workers: processes that decode images from folders. backend: torch or triton,
-    see backends.py.
+    stage's last; keep: states that stay. workers: processes that decode images from folders. backend: torch, int8
+    or triton; gradients: exact or bf16; see backends.py.
     """
 
     channels_last: bool = True
     autocast: bool = False
+    compile: str = "off"
     cuda_graph: bool = True
     eval_batch: int = 500
     log_every: int = 50
@@ -63,6 +65,7 @@ class Options:
     keep: int = 2
     workers: int = 2
     backend: str = "torch"
+    gradients: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def finetune(
     ranks: Ranks | None = None,
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Trains `network` in place by a recipe, from the weights it has, and writes the run's folder.
 
@@ -130,26 +134,28 @@ def finetune(
         "teacher": None if teacher is None else state.weights_of(teacher),
         "seed": seed,
         "calibrate": calibrate,
-        "channels_last": options.channels_last,
-        "autocast": options.autocast,
         "processes": ranks.size,
-        "backend": None if options.backend == "torch" else options.backend,  # None: as in runs from before the choice
+        **{name: getattr(options, name) for name in ("channels_last", "autocast", "backend", "gradients")},
     }
     environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
                    **state.record_of(recipe, about or {}, dataset.name, len(feed.train))}  # fmt: skip
     with ExitStack() as stack:
-        run = Run(run_dir, keep=options.keep)
-        ranks.on_first(lambda: _open(stack, run, resume=resume))
+        run = Run(run_dir, keep=options.keep, resume=resume)
+        ranks.on_first(lambda: stack.enter_context(run))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        signals = stack.enter_context(Signals(patient=ranks.size > 1))
-        ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment, resume=resume))
         stack.enter_context(synchronised(network, ranks))
-        stack.enter_context(backends.running_on(network, options.backend, ranks))
+        stack.enter_context(backends.running_on(network, options.backend, ranks, options.gradients))
+        forward = compiled.forward_of(network, options.compile, feed, recipe, ranks.size)
+        fingerprint["compiled"] = forward.compiled
+        if on_note is not None:
+            on_note(forward.note)
+        signals = stack.enter_context(Signals(patient=ranks.size > 1))
+        ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment))
         torch.manual_seed(seed + ranks.rank)
         facts = {"recipe": recipe.name, "recipe_text": recipe.text, "seed": seed, "data": dataset.name,
                  "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes)}  # fmt: skip
-        trainer = _Trainer(network, recipe, feed, run, fingerprint, options, device, ranks, signals, teacher,
-                           package or (lambda tensors, about: {"state_dict": tensors, **about}), facts,
+        trainer = _Trainer(network, forward.call, recipe, feed, run, fingerprint, options, device, ranks, signals,
+                           teacher, package or (lambda tensors, about: {"state_dict": tensors, **about}), facts,
                            on_step, on_epoch)  # fmt: skip
         stored = ranks.on_first(lambda: run.latest(fingerprint)) if resume else None
         if stored is None:
@@ -159,22 +165,16 @@ def finetune(
         return trainer.train()
 
 
-def _open(stack: ExitStack, run: Run, *, resume: bool) -> None:
-    if resume:
-        run.check_resumable()
-    stack.enter_context(run)
-
-
 class _Trainer:
     """The run in memory. `at` is the position of the next step; what `save` writes is what `restore` reads."""
 
     def __init__(
-        self, network: nn.Module, recipe: Recipe, feed: Feed, run: Run, fingerprint: Mapping[str, Any],
-        options: Options, device: torch.device, ranks: Ranks, signals: Signals, teacher: nn.Module | None,
-        package: Package, facts: Mapping[str, Any],
+        self, network: nn.Module, forward: Forward, recipe: Recipe, feed: Feed, run: Run,
+        fingerprint: Mapping[str, Any], options: Options, device: torch.device, ranks: Ranks, signals: Signals,
+        teacher: nn.Module | None, package: Package, facts: Mapping[str, Any],
         on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:  # fmt: skip
-        self.network, self.recipe, self.feed, self.run = network, recipe, feed, run
+        self.network, self.forward, self.recipe, self.feed, self.run = network, forward, recipe, feed, run
         self.fingerprint, self.options, self.device = fingerprint, options, device
         self.ranks, self.signals = ranks, signals
         self.teacher, self.package, self.facts = teacher, package, facts
@@ -270,8 +270,8 @@ class _Trainer:
                 group["lr"] = self.lr.value
         if stage.ema and not self.ema:
             self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
-        step = Step(self.network, stage, optimizer, self.totals, teacher=self.teacher, ema=self.ema,
-                    ranks=self.ranks, autocast=self.options.autocast,
+        step = Step(self.network, stage, optimizer, self.totals, forward=self.forward, teacher=self.teacher,
+                    ema=self.ema, ranks=self.ranks, autocast=self.options.autocast,
                     watch=self._watch if self.device.type == "cpu" else None)  # fmt: skip
         taken = Captured(step) if self.captures else step
         tested = Captured(lambda images: logits_of(self.network(images))) if self.captures else self.network

@@ -51,15 +51,21 @@ class Position(NamedTuple):
 
 
 class Run:
-    """A run's folder, held by this process alone while it is open (`with Run(path) as run`)."""
+    """A run's folder, held by this process alone while it is open (`with Run(path) as run`).
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
+    keep: states that stay. resume: it is a run's already, and goes on.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 2, resume: bool = False) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.keep = max(keep, 1)
+        self.resume = resume
         self._lock: int | None = None
 
     def __enter__(self) -> Run:
+        if self.resume and not (self.path / "run.json").exists():
+            raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,26 +89,18 @@ class Run:
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, fingerprint: Mapping[str, Any], recipe: str, environment: Mapping[str, Any], *, resume: bool
-    ) -> None:
+    def begin(self, fingerprint: Mapping[str, Any], recipe: str, environment: Mapping[str, Any]) -> None:
         """Claims the folder for a run, or checks that the run in it is this one. Raises UsageError."""
         record = self.path / "run.json"
-        if not resume:
+        if not self.resume:
             if record.exists():
                 raise UsageError(f"{self.path}: holds a run already; --resume continues it, or give another folder")
             atomic_write_text(self.path / "recipe.yaml", recipe, force=True)
             atomic_write_text(self.path / "environment.json", _json(environment, indent=2), force=True)
             atomic_write_text(record, _json(fingerprint, indent=2))  # last: from here on there is a run to resume
             return
-        self.check_resumable()
         # The weights that a run began with are in its state; the caller's only count when there is none yet.
         _check(self._record(), fingerprint, record, [key for key in fingerprint if key != "weights"])
-
-    def check_resumable(self) -> None:
-        """Raises UsageError where there is no run; before the folder is opened, which would make one."""
-        if not (self.path / "run.json").exists():
-            raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
 
     def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))

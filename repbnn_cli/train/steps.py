@@ -38,7 +38,7 @@ class Step:
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.network, self.stage, self.optimizer, self.totals = network, stage, optimizer, totals
-        self.forward, self.teacher, self.ema = forward or network, teacher, ema or {}
+        self.forward, self.teacher, self.ema = network if forward is None else forward, teacher, ema or {}
         self.ranks, self.autocast, self.watch = ranks or Ranks(), autocast, watch
         self.gated = [m for m in network.modules() if isinstance(m, GatedConv2d)]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
