@@ -1,0 +1,201 @@
+"""A training step of ResNet-20 on one CPU thread against straightforward eager code, and ReActNet-A's inference.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py [--rounds 9] [--only IR-Net] [--batch 128] [--json]
+
+Both sides of a row run in this process and take turns: A, B, C, A, B, C, ... Straightforward is benchmarks/straightforward.py:
+the papers' formulas, one operation a line, NCHW. "eager" and "compiled" are what `repbnn finetune --compile off` and `on` run
+(channels_last, 8-bit convolution of signs), "bf16" is `--gradients bf16` on top. Before anything is timed the gradients of a
+step are compared in float64, all sides with one set of weights, and a difference ends the run. A time is the median of the
+process's own seconds (a busy machine adds none of its waiting), a ratio the median of the rounds' ratios with its quartiles.
+Targets: IR-Net 1.9×, ReCU 2.2×, RBNN 1.9×, ReActNet-A 6×; exit code 1 where one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from straightforward import straightforward
+from torch import Tensor, nn
+
+from repbnn_cli import zoo
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.kernels.int8_conv2d import sign_conv2d
+
+TRAINING = {
+    "IR-Net": ("irnet_resnet20", 1.9),
+    "ReCU": ("recu_resnet20", 2.2),
+    "RBNN bireal": ("rbnn_resnet20_bireal", 1.9),
+}
+INFERENCE = {"ReActNet-A": ("reactnet_a", 6.0)}
+Call = Callable[[], object]
+
+
+def mid_schedule(network: nn.Module) -> nn.Module:
+    """t and k as in the middle of training, where estimators have gradients everywhere."""
+    for module in network.modules():
+        if isinstance(module, BinaryConv2d) and hasattr(module, "t"):
+            module.t.fill_(1.0)
+            module.k.fill_(1.0)
+    return network
+
+
+def with_eight_bits(network: nn.Module, gradients: torch.dtype = torch.float32) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, BinaryConv2d):
+            module.conv_signs = partial(sign_conv2d, gradients=gradients)
+    return network.to(memory_format=torch.channels_last)
+
+
+def gradients(network: Callable[[Tensor], Tensor], parameters: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    parameters.zero_grad()
+    F.cross_entropy(network(x), y).backward()
+    return [p.grad.clone() for p in parameters.parameters()]
+
+
+def worst_difference(base: nn.Module, size: int) -> float:
+    """Of the gradients of a step in float64, straightforward against ours, eager and compiled: the largest relative one."""
+    x = torch.randn(4, 3, size, size, dtype=torch.float64)
+    y = torch.arange(4)
+    plain, ours = straightforward(copy.deepcopy(base)).double().train(), copy.deepcopy(base).double().train()
+    for module in plain.modules():  # tensors that are no buffers do not follow .double()
+        for name in ("t", "k", "tau", "r1", "r2"):
+            if isinstance(getattr(module, name, None), Tensor):
+                setattr(module, name, getattr(module, name).double())
+    wanted = dict(zip((n for n, _ in plain.named_parameters()), gradients(plain, plain, x, y), strict=True))
+    worst = 0.0
+    for side in (ours, torch.compile(ours, dynamic=False)):
+        found = dict(zip((n for n, _ in ours.named_parameters()), gradients(side, ours, x, y), strict=True))
+        for name, true in wanted.items():
+            own = found[name if name in found else f"{name}s"].reshape(true.shape)
+            worst = max(worst, float((own - true).norm() / true.norm().clamp_min(1e-9)))
+    return worst
+
+
+def training_step(forward: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, y: Tensor) -> Call:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(forward(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(forward: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    def infer() -> Tensor:
+        with torch.no_grad():
+            return forward(x)
+
+    return infer
+
+
+def training_sides(base: nn.Module, batch: int) -> dict[str, Call]:
+    x, y = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
+    last = x.contiguous(memory_format=torch.channels_last)
+    plain = straightforward(copy.deepcopy(base)).train()
+    eager, compiled = (with_eight_bits(copy.deepcopy(base)).train() for _ in range(2))
+    rounded = with_eight_bits(copy.deepcopy(base), torch.bfloat16).train()
+    return {
+        "straightforward": training_step(plain, plain, x, y),
+        "eager": training_step(eager, eager, last, y),
+        "compiled": training_step(torch.compile(compiled, dynamic=False), compiled, last, y),
+        "bf16": training_step(torch.compile(rounded, dynamic=False), rounded, last, y),
+    }
+
+
+def inference_sides(base: nn.Module, batch: int) -> dict[str, Call]:
+    x = torch.randn(batch, 3, 224, 224)
+    last = x.contiguous(memory_format=torch.channels_last)
+    plain = straightforward(copy.deepcopy(base)).eval()
+    eager, compiled = (with_eight_bits(copy.deepcopy(base)).eval() for _ in range(2))
+    return {
+        "straightforward": inference(plain, x),
+        "eager": inference(eager, last),
+        "compiled": inference(torch.compile(compiled, dynamic=False), last),
+    }
+
+
+def timed(sides: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Process seconds of every side in each round; two calls of each come first and do not count."""
+    for call in sides.values():
+        call()
+        call()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            began = time.process_time()
+            call()
+            found[name].append(time.process_time() - began)
+    return found
+
+
+def row_of(label: str, target: float, batch: int, found: dict[str, list[float]]) -> dict[str, Any]:
+    base = found["straightforward"]
+    row: dict[str, Any] = {"row": label, "batch": batch, "target": target, "n": len(base), "sides": {}}
+    for name, seconds in found.items():
+        ratios = [b / s for b, s in zip(base, seconds, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        row["sides"][name] = {"images_per_s": batch / statistics.median(seconds), "ratio": statistics.median(ratios),
+                              "quartiles": [low, high]}  # fmt: skip
+    row["reached"] = row["sides"]["compiled"]["ratio"]
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"{row['row']}, batch {row['batch']}, n = {row['n']}, target {row['target']}×")
+    for name, side in row["sides"].items():
+        low, high = side["quartiles"]
+        print(f"  {name:<16}{side['images_per_s']:>8.1f} images/s {side['ratio']:>6.2f}×  ({low:.2f} to {high:.2f})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--batch", type=int, default=128, help="of the training rows; inference has 8")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not args.json:
+        print(
+            f"PyTorch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+        )
+    rows = []
+    for label, (arch, target) in {**TRAINING, **INFERENCE}.items():
+        if args.only and args.only.lower() not in label.lower():
+            continue
+        base = mid_schedule(zoo.build(arch))
+        if label in TRAINING:
+            difference = worst_difference(base, 32)
+            if difference > 1e-9:
+                print(f"{label}: gradients differ by {difference:.1e} in float64", file=sys.stderr)
+                return 1
+            sides, batch = training_sides(base, args.batch), args.batch
+        else:
+            difference, sides, batch = None, inference_sides(base, 8), 8
+        row = {**row_of(label, target, batch, timed(sides, args.rounds)), "float64_difference": difference}
+        rows.append(row)
+        if not args.json:
+            show(row)
+            if difference is not None:
+                print(f"  gradients in float64 differ by at most {difference:.1e}", flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    return int(any(row["reached"] < row["target"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
