@@ -1,6 +1,7 @@
 """How long an epoch of CIFAR-10 ResNet-20 takes on a GPU, β = 1 and 2, one run and several that share it, in one call.
 
     python benchmarks/gpu_epoch.py [--arch irnet_resnet20] [--epochs 12] [--runs 4] [--data cifar10:DIR]
+        [--backend torch]
 
 Targets on an H200: 0.3 s (β = 1) and 0.4 s (β = 2) per epoch at the recipe's batch size. Training is that of `repbnn
 finetune` by the network's default recipe: data set on the device, the whole step in one CUDA graph. The first three
@@ -57,7 +58,7 @@ def measure(args: argparse.Namespace, beta: int, *, graph: bool) -> dict[str, fl
     """Median seconds of an epoch's steps, of a whole epoch, and images/s, of one run of the engine."""
     origin = source.Origin(args.arch, None, {}, None, (zoo.ARCHS[args.arch].input_shape,))
     dataset = load(args.data) if args.data else noise(args.images)
-    options = engine.Options(cuda_graph=graph, save_seconds=10)
+    options = engine.Options(cuda_graph=graph, save_seconds=10, backend=args.backend)
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         engine.finetune(
@@ -73,7 +74,8 @@ def measure(args: argparse.Namespace, beta: int, *, graph: bool) -> dict[str, fl
 def together(args: argparse.Namespace, beta: int) -> dict[str, float]:
     """The same of `--runs` processes at once: the slowest one's seconds, all their images."""
     command = [sys.executable, __file__, "--arch", args.arch, "--epochs", str(args.epochs), "--device", args.device]
-    command += ["--images", str(args.images), "--one", str(beta), *(["--data", args.data] if args.data else [])]
+    command += ["--images", str(args.images), "--backend", args.backend, "--one", str(beta)]
+    command += ["--data", args.data] if args.data else []
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(args.runs)]
     found = []
     for process in processes:
@@ -100,6 +102,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--data")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="torch", choices=("torch", "triton"))
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -112,8 +115,8 @@ def main() -> int:
         print(json.dumps(measure(args, args.one, graph=True)))
         return 0
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, no figures of a GPU"
-    print(f"{args.arch}, {args.data or 'noise'}; {name}; PyTorch {torch.__version__}; median of epochs {WARM + 1} to "
-          f"{args.epochs}")  # fmt: skip
+    print(f"{args.arch}, {args.data or 'noise'}; {name}; backend {args.backend}; PyTorch {torch.__version__}; "
+          f"median of epochs {WARM + 1} to {args.epochs}")  # fmt: skip
     missed = False
     for beta, target in TARGETS.items():
         eager = measure(args, beta, graph=False)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+import torch._dynamo
 
+T = TypeVar("T")
 Call = Callable[[], object]
+COMPILED = "torch.compile bf16"  # the side that targets are set against
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,17 @@ class Row:
 
     sides: name → makes, for one set of fresh buffers, the call to time. The first side is the kernel under test.
     check: raises AssertionError where it is not what the reference computes, on fresh random inputs.
+    faster: how much faster than COMPILED the first side is to be. kept: side → counts the bytes that a forward saves
+    for its backward; less_kept: how much less than COMPILED the first side is to keep.
     """
 
     name: str
     moved: int
     sides: Mapping[str, Callable[[], Call]]
     check: Callable[[], None]
+    faster: float | None = None
+    kept: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    less_kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,14 @@ class Timing:
     median: float
     spread: float
     replays: int
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """torch.compile for one shape after the other. By itself it gives up after eight, says so in a log and goes on
+    eagerly; with fullgraph=True it raises instead, should the limit ever be too low."""
+    torch._dynamo.config.recompile_limit = 256
+    made: Callable[..., T] = torch.compile(function, dynamic=False, fullgraph=True)
+    return made
 
 
 def time_row(row: Row, replays: int) -> dict[str, Timing]:
