@@ -1,7 +1,7 @@
-"""The methods' binary convolutions as one writes them down from the papers' formulas: what a training step is compared with.
+"""The methods' binary convolutions as one writes them down from the papers: what a training step is compared with.
 
-Plain eager PyTorch, float32 and NCHW, one operation per line of a formula; numbers that the formulas need on the host are
-asked for there. Each class takes over the tensors of the layer of repbnn_cli.binary_conv whose method it is.
+Plain eager PyTorch, float32 and NCHW, one operation per line of a formula; numbers that the formulas need on the host
+are asked for there. Each class takes over the tensors of the layer of repbnn_cli.binary_conv whose method it is.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py [--rounds 9] [--only IR-Net] [--batch 128] [--json]
 
-Both sides of a row run in this process and take turns: A, B, C, A, B, C, ... Straightforward is benchmarks/straightforward.py:
-the papers' formulas, one operation a line, NCHW. "eager" and "compiled" are what `repbnn finetune --compile off` and `on` run
-(channels_last, 8-bit convolution of signs), "bf16" is `--gradients bf16` on top. Before anything is timed the gradients of a
-step are compared in float64, all sides with one set of weights, and a difference ends the run. A time is the median of the
-process's own seconds (a busy machine adds none of its waiting), a ratio the median of the rounds' ratios with its quartiles.
-Targets: IR-Net 1.9×, ReCU 2.2×, RBNN 1.9×, ReActNet-A 6×; exit code 1 where one is missed.
+All sides of a row run in this process and take turns. "straightforward" is benchmarks/straightforward.py: the papers'
+formulas, one operation a line, NCHW. "eager" and "compiled" are what `repbnn finetune --compile off` and `on` run
+(channels_last, 8-bit convolution of signs), "bf16" is `--gradients bf16` on top. Before anything is timed the gradients
+of a step are compared in float64, all sides with one set of weights, and a difference ends the run. A time is the
+median of the process's own seconds (waiting for a busy machine is none of them), a ratio the median of the rounds'
+ratios with its quartiles. Targets: IR-Net 1.9×, ReCU 2.2×, RBNN 1.9×, ReActNet-A 6×; exit code 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gradients(network: Callable[[Tensor], Tensor], parameters: nn.Module, x: Ten
 
 
 def worst_difference(base: nn.Module, size: int) -> float:
-    """Of the gradients of a step in float64, straightforward against ours, eager and compiled: the largest relative one."""
+    """Of the gradients of a step in float64, straightforward against ours, eager and compiled: the largest one."""
     x = torch.randn(4, 3, size, size, dtype=torch.float64)
     y = torch.arange(4)
     plain, ours = straightforward(copy.deepcopy(base)).double().train(), copy.deepcopy(base).double().train()
