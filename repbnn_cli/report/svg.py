@@ -161,7 +161,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def rounded_range(low: float, high: float, *, margin: float = 0.06) -> tuple[float, float]:
     """A little more than low … high; never empty."""
-    span = (high - low) or abs(high) or 1.0
+    if low == high == 0:  # a series of zeros: no room below, where shares and counts cannot be
+        high = 1.0
+    span = (high - low) or abs(high)
     return low - margin * span, high + margin * span
 
 
