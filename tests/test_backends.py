@@ -102,7 +102,7 @@ def test_a_run_learns_as_on_torch_and_resumes_exactly(tmp_path: Path) -> None:
 
     with pytest.raises(StoppedError):
         run(tmp_path / "cut", *SHORT, options=options, dataset=data, on_step=stop)
-    with pytest.raises(UsageError, match=r"belongs to another run \(backend was \"?triton\"?, is None\)"):
+    with pytest.raises(UsageError, match=r"belongs to another run \(backend was triton, is torch\)"):
         run(tmp_path / "cut", *SHORT, resume=True, dataset=data)
     again = run(tmp_path / "cut", *SHORT, resume=True, options=options, dataset=data)
     assert again.rows == whole.rows

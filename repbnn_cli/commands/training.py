@@ -220,5 +220,6 @@ def _show_evaluation(
         return
     views.console().print(
         f"{name} on {dataset.name}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}, "
-        f"{found.images:,} images"
+        f"{found.images:,} images",
+        soft_wrap=True,
     )

@@ -1,7 +1,9 @@
 """A captured network whose blocks run as one kernel each; every other node, tensor and name stays what it was.
 
 Between two blocks only the packed signs travel where nobody else reads the values: the float tensor is then never
-written. The network that was given keeps its graph, and shares its modules with the fused one.
+written. They travel without a ring (`signs_ring` of blocks.run), since several blocks with different padding may take
+them: each pads the words that it takes with zeros, one small copy, and its border_sums make that exact zero padding.
+The network that was given keeps its graph, and shares its modules with the fused one.
 """
 
 from __future__ import annotations

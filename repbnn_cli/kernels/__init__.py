@@ -61,9 +61,9 @@ def choose(device: torch.device, requested: str = "auto") -> Backend:
         return Backend("triton", "asked for; interpreted on the CPU" if device.type == "cpu" else "asked for")
     if requested == "torch":
         return Backend("torch", "asked for")
-    return Backend(
-        "torch", obstacle or "the Triton kernels have not been timed on a GPU yet; --backend triton tries them"
-    )
+    if obstacle:
+        return Backend("torch", obstacle.partition(";")[0])  # what to do about it is for who asked for Triton
+    return Backend("torch", "the Triton kernels have not been timed on a GPU yet; --backend triton tries them")
 
 
 def why_not_triton(device: torch.device) -> str | None:
