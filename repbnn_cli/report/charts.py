@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from repbnn_cli.number_text import compact, exact, shortened
+from repbnn_cli.number_text import compact, exact
 from repbnn_cli.report.svg import (
     Plot,
     Scale,
     curve,
+    fitted,
     line,
     marker,
     rect,
@@ -20,7 +21,7 @@ from repbnn_cli.report.svg import (
     ticks,
 )  # fmt: skip
 
-WIDE, NARROW = 960, 470
+WIDE, NARROW = 960, 400
 KIND_COLOURS: Mapping[str, int] = {"bconv": 1, "conv": 2, "bn": 3, "fc": 4, "other": 5}
 KIND_NAMES: Mapping[str, str] = {
     "bconv": "binary convolution", "conv": "float convolution", "bn": "BatchNorm", "fc": "fully connected",
@@ -28,6 +29,8 @@ KIND_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 BEFORE, AFTER = 5, 1  # their colours in every chart
 _MARKERS = ("circle", "square", "diamond", "triangle")
+_TILT = 58  # of the layers' names, in degrees
+_COS, _SIN = math.cos(math.radians(_TILT)), math.sin(math.radians(_TILT))
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -71,14 +74,14 @@ class Line:
 
 def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot:
     """Horizontal bars, source above Rep, with their values."""
-    left, right, top, row = 118, 82, 34, 46
+    left, right, top, row = 130, 52, 34, 46
     height = top + row * len(pairs) + 12
     most = max((max(p.before, p.after) for p in pairs), default=0) or 1
     scale = Scale(0, most, left, NARROW - right)
-    parts = [_legend([("before", BEFORE), ("after", AFTER)], left, 16)]
+    parts = [_legend([("before", BEFORE), ("after", AFTER)], left)[0]]
     for i, pair in enumerate(pairs):
         y = top + row * i
-        parts.append(text(left - 8, y + 21, pair.name, anchor="end"))
+        parts.append(text(left - 8, y + 21, fitted(pair.name, left - 10), anchor="end"))
         for value, colour, offset, side in ((pair.before, BEFORE, 2, "before"), (pair.after, AFTER, 19, "after")):
             tip = f"{pair.name}, {side}: {exact(value)} {unit}"
             parts.append(rect(left, y + offset, scale(value) - left, 14, f"f{colour}", tip=tip))
@@ -90,14 +93,16 @@ def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot
 
 def layer_bars(name: str, title: str, bars: Sequence[Bar]) -> Plot:
     """A column per layer, coloured by kind; a dash marks what it was before."""
-    left, top, bottom, right = 62, 34, 118, 12
-    height = 330
+    names = [fitted(b.name, 165, 10.5) for b in bars]
+    longest = max((text_width(n, 10.5) for n in names), default=0)
+    left, top, bottom, right = max(62.0, longest * _COS + 6), 34, round(longest * _SIN) + 24, 12
+    height = 212 + bottom
     most = max((max(b.before, b.after) for b in bars), default=0) or 1
     y = Scale(0, most * 1.05, height - bottom, top)
     step = (WIDE - left - right) / max(len(bars), 1)
     parts = [_horizontal_grid(y, left, WIDE - right)]
     kinds = [k for k in KIND_COLOURS if any(b.kind == k for b in bars)]
-    parts.append(_legend([(KIND_NAMES[k], KIND_COLOURS[k]) for k in kinds], left, 16, after="dash: before"))
+    parts.append(_legend([(KIND_NAMES[k], KIND_COLOURS[k]) for k in kinds], left, after="dash: before")[0])
     label_every = math.ceil(13 / step)
     for i, bar in enumerate(bars):
         x, width = left + step * i, max(step * 0.72, 1)
@@ -105,8 +110,8 @@ def layer_bars(name: str, title: str, bars: Sequence[Bar]) -> Plot:
         parts.append(rect(x + (step - width) / 2, y(bar.after), width, y(0) - y(bar.after), _fill(bar.kind), tip=tip))
         parts.append(line(x + step * 0.06, y(bar.before), x + step * 0.94, y(bar.before), "axis", width=2))
         if i % label_every == 0:
-            place = f"translate({x + step / 2 + 4:.1f} {height - bottom + 8}) rotate(-58)"
-            label = text(0, 0, shortened(bar.name, 19), "small", anchor="end")
+            place = f"translate({x + step / 2 + 4:.1f} {height - bottom + 8}) rotate(-{_TILT})"
+            label = text(0, 0, names[i], "small", anchor="end")
             parts.append(f'<g transform="{place}">{label}</g>')
     parts.append(line(left, y(0), WIDE - right, y(0), "axis"))
     largest = sorted(bars, key=lambda b: -b.after)[:3]
@@ -138,17 +143,19 @@ def landscape(name: str, title: str, points: Sequence[Point]) -> Plot:
     groups = list(dict.fromkeys(p.group for p in points))
     styles = {g: ((5, 1, 2, 3, 4, 6)[i % 6], _MARKERS[i % 4]) for i, g in enumerate(groups)}
     parts.append(_marker_legend(styles, left + 46, 16))
-    taken: list[tuple[float, float, float, float]] = [_around(x(p.ops), y(p.top1)) for p in known if p.top1 is not None]
+    field = left + 2, top - 8, width - 2, y(y_low) - 2
+    taken = [_around(x(p.ops), y(p.top1)) for p in known if p.top1 is not None]
+    drawn, labels = [], []
     for point in points:
         colour, shape = styles[point.group]
         if point.top1 is None:
             parts.append(line(x(point.ops), top, x(point.ops), y(y_low), f"s{colour}", width=2, dash="5 4"))
-            label = f"{point.name} (accuracy not known)"
-            parts.append(_label(label, x(point.ops), height - bottom - 16, taken, width - right, "small"))
+            labels.append(_label(f"{point.name} (accuracy not known)", x(point.ops), y(y_low) - 8, taken, field))
             continue
         tip = f"{point.name}: {exact(point.ops)} OPs, top-1 {point.top1:g} %"
-        parts.append(marker(shape, x(point.ops), y(point.top1), f"f{colour}", tip=tip))
-        parts.append(_label(point.name, x(point.ops), y(point.top1), taken, width - right, "small"))
+        drawn.append(marker(shape, x(point.ops), y(point.top1), f"f{colour}", tip=tip))
+        labels.append(_label(point.name, x(point.ops), y(point.top1), taken, field))
+    parts += [*drawn, *labels]
     said = "; ".join(f"{p.name} {compact(p.ops)}{'' if p.top1 is None else f', {p.top1:g} %'}" for p in points)
     return Plot(name, title, f"OPs and top-1 accuracy: {said}.", width, height, "".join(parts))
 
@@ -175,7 +182,7 @@ def histogram(name: str, title: str, sides: Sequence[tuple[str, Sequence[int]]],
         parts.append(text(x(tick), height - bottom + 16, f"{tick:g}", "soft small", anchor="middle"))
     parts.append(line(left, y(0), NARROW - right, y(0), "axis"))
     parts.append(text((left + NARROW - right) / 2, height - 8, axis, "soft", anchor="middle"))
-    parts.append(_legend(legend, left, 16))
+    parts.append(_legend(legend, left)[0])
     middle = len(shares[-1][1]) // 2 if shares else 0
     said = "; ".join(f"{side}: {100 * sum(v[middle - 4 : middle + 4]):.1f} % in the middle" for side, v in shares)
     said += f" eight of {2 * middle} bins" if shares else ""
@@ -187,12 +194,22 @@ def lines(
     target: tuple[str, float] | None = None, low: float | None = None, high: float | None = None,
 ) -> Plot:  # fmt: skip
     """Curves over one axis; target: a horizontal line with its name."""
-    left, top, bottom, right, height = 48, 52, 42, 14, 280
+    bottom, right = 42, 14
     shown = [c for c in curves if c.points]
     xs = [px for c in shown for px, _ in c.points] or [0.0, 1.0]
     ys = [py for c in shown for _, py in c.points] + ([target[1]] if target else []) or [0.0, 1.0]
     y_low, y_high = rounded_range(min(ys), max(ys))
     y_low, y_high = y_low if low is None else low, y_high if high is None else high
+    left = max(48.0, 14 + max(text_width(words, 10.5) for words in _tick_texts(ticks(y_low, y_high))))
+    colours = [one.colour or i % 6 + 1 for i, one in enumerate(shown)]
+    dashes = [
+        "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 6 % 4 if len(shown) > 6 else i % 4]
+        for i, one in enumerate(shown)
+    ]
+    named = [(one.name, colour) for one, colour in zip(shown, colours, strict=True)]
+    legend, lowest = _legend(named, left, room=NARROW - left - right, dashes=dashes)
+    top = round(lowest) + 36
+    height = top + 186 + bottom
     x, y = Scale(min(xs), max(xs), left, NARROW - right), Scale(y_low, y_high, height - bottom, top)
     parts = [
         _horizontal_grid(y, left, NARROW - right, plain=True),
@@ -205,19 +222,15 @@ def lines(
     parts.append(text(6, top - 10, unit, "soft small"))
     if target:
         parts.append(line(left, y(target[1]), NARROW - right, y(target[1]), "s6", width=1.5, dash="7 4"))
-        parts.append(text(NARROW - right, y(target[1]) - 5, target[0], "small", anchor="end"))
-    legend: list[tuple[str, int]] = []
+        parts.append(text(NARROW - right, y(target[1]) - 5, target[0], "small halo", anchor="end"))
     drawn = []
-    for i, one in enumerate(shown):
-        colour = one.colour or i % 6 + 1
+    for one, colour, dash in zip(shown, colours, dashes, strict=True):
         pixels = [(x(px), y(min(max(py, y_low), y_high))) for px, py in one.points]
-        dash = "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 6 % 4 if len(shown) > 6 else i % 4]
         drawn.append(curve(pixels, f"s{colour}", dash=dash))
         if len(pixels) <= 12:
             drawn[-1] += "".join(marker("circle", px, py, f"f{colour}", size=2.5) for px, py in pixels)
-        legend.append((one.name, colour))
     parts += reversed(drawn)  # the dashed ones on top: a line that another one covers is still seen
-    parts.append(_legend(legend, left, 16, room=NARROW - left - right))
+    parts.append(legend)
     ends = "; ".join(f"{c.name} from {c.points[0][1]:.4g} to {c.points[-1][1]:.4g}" for c in shown)
     return Plot(name, title, f"{title} by {across}: {ends or 'no values yet'}.", NARROW, height, "".join(parts))
 
@@ -234,24 +247,39 @@ def _horizontal_grid(
     y: Scale, left: float, right: float, *, plain: bool = False, as_percent: bool = False
 ) -> str:  # fmt: skip
     parts = []
-    for tick in ticks(y.low, y.high):
-        words = f"{tick:g}" if plain else f"{100 * tick:.3g} %" if as_percent else compact(tick)
+    values = ticks(y.low, y.high)
+    named = [f"{100 * t:.3g} %" for t in values] if as_percent else [compact(t) for t in values]
+    for tick, words in zip(values, _tick_texts(values) if plain else named, strict=True):
         parts.append(line(left, y(tick), right, y(tick), "grid"))
         parts.append(text(left - 6, y(tick) + 4, words, "soft small", anchor="end"))
     return "".join(parts)
 
 
-def _legend(entries: Sequence[tuple[str, int]], x: float, y: float, *, after: str = "", room: float = 0) -> str:
-    """Squares with names, in lines of `room` pixels."""
-    parts, start = [], x
-    for name, colour in entries:
-        words = shortened(name, 34)
-        needed = 16 + text_width(words) + 14
+def _tick_texts(values: Sequence[float]) -> list[str]:
+    """As short as they can be with no two alike."""
+    texts: Iterator[list[str]] = ([f"{v:.{digits}g}" for v in values] for digits in range(3, 17))
+    return next((found for found in texts if len(set(found)) == len(found)), [f"{v}" for v in values])
+
+
+def _legend(
+    entries: Sequence[tuple[str, int]], x: float, *, after: str = "", room: float = 0, dashes: Sequence[str] = ()
+) -> tuple[str, float]:
+    """Names beside squares, or beside pieces of their lines, in rows of `room` pixels; and where the last row is."""
+    parts, start, y = [], x, 16.0
+    swatch = 20 if dashes else 11
+    for i, (name, colour) in enumerate(entries):
+        words = fitted(name, room - swatch - 5 if room else 260)
+        needed = swatch + 5 + text_width(words)
         if room and x > start and x + needed - start > room:
             x, y = start, y + 16
-        parts.append(rect(x, y - 10, 11, 11, f"f{colour}") + text(x + 16, y, words))
-        x += needed
-    return "".join(parts) + (text(x, y, after, "soft") if after else "")
+        shown = (
+            line(x, y - 4, x + swatch, y - 4, f"s{colour}", width=3, dash=dashes[i])
+            if dashes
+            else rect(x, y - 10, swatch, 11, f"f{colour}")
+        )
+        parts.append(shown + text(x + swatch + 5, y, words))
+        x += needed + 14
+    return "".join(parts) + (text(x, y, after, "soft") if after else ""), y
 
 
 def _marker_legend(styles: Mapping[str, tuple[int, str]], x: float, y: float) -> str:
@@ -269,18 +297,25 @@ def _around(x: float, y: float) -> Box:
     return x - 6, y - 6, x + 6, y + 6
 
 
-def _label(words: str, x: float, y: float, taken: list[Box], right: float, css: str) -> str:
-    """A name beside its point: at the first place that is free, else at the first."""
-    words = shortened(words, 40)
+def _label(words: str, x: float, y: float, taken: list[Box], field: Box) -> str:
+    """A name beside its point, at the nearest place within `field` that is free; none where there is no room (the
+    table has all names). Further away a line leads to the point."""
+    words = fitted(words, 250, 10.5)
     width = text_width(words, 10.5)
-    for side, dy in ((1, 4), (-1, 4), (1, -8), (1, 16), (-1, -8), (-1, 16), (1, -20), (1, 28), (-1, -20), (-1, 28)):
-        at = x + 9 if side > 0 else x - 9 - width
-        box = (at, y + dy - 10, at + width, y + dy + 2)
-        inside = at >= 2 and box[2] <= right + 18
-        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
-            break
-    else:
-        at, dy = (x + 9, 4) if x + 9 + width <= right + 18 else (x - 9 - width, 4)
-        box = (at, y + dy - 10, at + width, y + dy + 2)
-    taken.append(box)
-    return text(at, y + dy, words, css)
+    for dy in (4, -8, 16, *(s * d for d in range(28, 240, 12) for s in (-1, 1))):
+        for at in (x + 9, x - 9 - width):
+            box = (at, y + dy - 10, at + width, y + dy + 3)
+            if _within(box, field) and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                near = at if at > x else at + width
+                led = line(x, y, near, y + dy - 4, "axis", width=0.75) if abs(dy) > 16 else ""
+                return led + text(at, y + dy, words, "small halo")
+    return ""
+
+
+def _within(box: Box, field: Box) -> bool:
+    return box[0] >= field[0] and box[1] >= field[1] and box[2] <= field[2] and box[3] <= field[3]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -6,12 +6,13 @@ What the transform expanded has a coloured frame, and its colour says what it be
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from repbnn_cli.anatomy import Block, Operation, Shape
-from repbnn_cli.number_text import shape_text, shortened
-from repbnn_cli.report.svg import Plot, path, rect, text, text_width
+from repbnn_cli.number_text import shape_text
+from repbnn_cli.report.svg import Plot, fitted, path, rect, text, text_width
 
 CHANGES: Mapping[str, tuple[str, int]] = {
     "rep_conv": ("RepConv", 1),
@@ -25,7 +26,7 @@ CHANGES: Mapping[str, tuple[str, int]] = {
     "select_inputs": ("inputs", 6),
 }  # fmt: skip
 _OTHER = ("changed", 4)
-_LANE, _BOX, _GAP = 172, 62, 24
+_WIDE, _BOX, _BETWEEN, _GAP = 148, 62, 24, 24  # a block of the overview, and what is between two
 _ROW, _WIDTH, _HEIGHT = 44, 208, 28
 
 
@@ -62,12 +63,15 @@ def overview(name: str, title: str, blocks: Sequence[Block]) -> Plot:
     """Lanes from left to right, blocks from top to bottom; the data's way is the line between them."""
     columns = lanes(blocks)
     most = max((len(members) for _, members in columns), default=1)
-    width, height = max(_LANE * len(columns) + 8, 320), 34 + most * (_BOX + _GAP) + 26
+    legend, legend_width = _change_legend(blocks)
+    wide = max([_WIDE, *(9 + _counts(b)[1] for b in blocks)])
+    lane = wide + _BETWEEN
+    width, height = math.ceil(max(lane * len(columns) + 8, legend_width + 16)), 34 + most * (_BOX + _GAP) + 26
     parts = []
     corner: tuple[float, float] | None = None  # where the lane before ended
     for i, (size, members) in enumerate(columns):
-        x = 8 + _LANE * i
-        parts.append(text(x, 16, size, "bold"))
+        x = 8 + lane * i
+        parts.append(text(x, 16, fitted(size, wide - 2, 13), "bold"))
         for j, block in enumerate(members):
             y = 28 + j * (_BOX + _GAP)
             if j:
@@ -76,9 +80,9 @@ def overview(name: str, title: str, blocks: Sequence[Block]) -> Plot:
                 middle = x - 12
                 d = f"M{corner[0]} {corner[1]}V{corner[1] + 8}H{middle}V{y - 6}H{x + 70}V{y}"
                 parts.append(path(d, "axis", width=1.5) + _head(x + 70, y))
-            parts.append(_overview_box(block, x, y))
+            parts.append(_overview_box(block, x, y, wide))
         corner = (x + 70, 28 + len(members) * (_BOX + _GAP) - _GAP)
-    parts.append(_change_legend(blocks, 8, height - 8))
+    parts.append(f'<g transform="translate(8 {height - 8})">{legend}</g>')
     count = sum(1 for b in blocks if any(o.change for o in b.operations))
     said = "; ".join(f"{size}: {', '.join(b.name for b in members)}" for size, members in columns)
     description = (
@@ -87,44 +91,53 @@ def overview(name: str, title: str, blocks: Sequence[Block]) -> Plot:
     return Plot(name, title, description, width, height, "".join(parts))
 
 
-def _overview_box(block: Block, x: float, y: float) -> str:
+def _overview_box(block: Block, x: float, y: float, wide: float) -> str:
     counts = Counter(change_of(o) for o in block.operations if o.change)
     shape = shapes(block.last.before, block.last.after)
-    tip = f"{block.name}: {len(block.operations)} operations, {shape}; " + (
+    many = len(block.operations)
+    tip = f"{block.name}: {many} operation{'s' if many > 1 else ''}, {shape}; " + (
         ", ".join(f"{n} {what}" for (what, _), n in counts.items()) or "nothing changed"
     )
     frame = "s1" if counts else "axis"
-    parts = [
-        rect(x, y, 148, _BOX, "mark" if counts else "ground", radius=5, tip=tip),
-        path(f"M{x} {y + 5}V{y + _BOX - 5}", frame, width=3),
-        path(_rounded(x, y, 148, _BOX), "grid"),
-        text(x + 9, y + 17, shortened(block.name, 18), "bold"),
-        text(x + 9, y + 33, shortened(shape, 24), "soft small"),
-    ]
-    at = x + 9
-    for (_, colour), n in itertools.islice(_by_colour(counts).items(), 5):
-        parts.append(rect(at, y + 42, 9, 9, f"f{colour}") + text(at + 12, y + 51, n, "small"))
-        at += 18 + text_width(str(n), 10.5)
-    return "".join(parts)
+    return "".join(
+        (
+            rect(x, y, wide, _BOX, "mark" if counts else "ground", radius=5, tip=tip),
+            path(f"M{x} {y + 5}V{y + _BOX - 5}", frame, width=3),
+            path(_rounded(x, y, wide, _BOX), "grid"),
+            text(x + 9, y + 17, _fitted_name(block.name, wide - 14), "bold"),
+            text(x + 9, y + 33, fitted(shape, wide - 14, 10.5), "soft small"),
+            f'<g transform="translate({x + 9} {y + 51})">{_counts(block)[0]}</g>',
+        )
+    )
 
 
-def _by_colour(counts: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], int]:
-    sums: dict[tuple[str, int], int] = {}
-    for (_, colour), n in counts.items():
-        sums[("", colour)] = sums.get(("", colour), 0) + n
-    return sums
+def _fitted_name(name: str, room: float) -> str:
+    """A block's name; of "first … last" the two are cut, not the gap between them."""
+    first, gap, last = name.partition(" … ")
+    last = fitted(last, room / 2 - text_width(gap, 13), 13)
+    return fitted(first, room - text_width(gap + last, 13), 13) + gap + last
 
 
-def _change_legend(blocks: Sequence[Block], x: float, y: float) -> str:
+def _counts(block: Block) -> tuple[str, float]:
+    """How many operations changed in each way, a coloured square and a number each; and how wide that is."""
+    parts, x = [], 0.0
+    for colour, n in Counter(change_of(o)[1] for o in block.operations if o.change).items():
+        parts.append(rect(x, -9, 9, 9, f"f{colour}") + text(x + 12, 0, n, "small"))
+        x += 18 + text_width(str(n), 10.5)
+    return "".join(parts), x
+
+
+def _change_legend(blocks: Sequence[Block]) -> tuple[str, float]:
+    """What the colours mean, in one line; and how wide that is."""
     names: dict[int, list[str]] = {}
     for what, colour in dict.fromkeys(change_of(o) for b in blocks for o in b.operations if o.change):
         names.setdefault(colour, []).append(what)
-    parts = []
+    parts, x = [], 0.0
     for colour, words in names.items():
         label = ", ".join(words)
-        parts.append(rect(x, y - 9, 9, 9, f"f{colour}") + text(x + 13, y, label, "small"))
+        parts.append(rect(x, -9, 9, 9, f"f{colour}") + text(x + 13, 0, label, "small"))
         x += 13 + text_width(label, 10.5) + 16
-    return "".join(parts)
+    return "".join(parts), x
 
 
 def detail(name: str, block: Block, names: Mapping[str, str]) -> Plot:
@@ -144,7 +157,7 @@ def detail(name: str, block: Block, names: Mapping[str, str]) -> Plot:
             if source in inner and (source, operation) not in skips:
                 parts.append(_edge(places[source], places[operation.name]))
     for k, (source, operation) in enumerate(skips):
-        parts.append(_bypass(places[source], places[operation.name], right + 14 * k))
+        parts.append(_bypass(places, source, operation.name, right + 14 * k))
     parts += [
         _operation_box(o, places[o.name], [names[i] for i in o.inputs if i not in inner]) for o in block.operations
     ]
@@ -191,14 +204,27 @@ def _edge(source: tuple[int, int], target: tuple[int, int]) -> str:
     return path(f"M{x1} {y1}V{bend}H{x2}V{y2}", "axis", width=1.5) + _head(x2, y2)
 
 
-def _bypass(source: tuple[int, int], target: tuple[int, int], x: float) -> str:
-    """Around everything, on the right."""
-    (x1, y1), (x2, y2) = _corner(source), _corner(target)
-    from_y, to_y = y1 + _HEIGHT / 2 + 5, y2 + _HEIGHT / 2 - 5
-    d = f"M{x1 + _WIDTH} {from_y}H{x - 6}Q{x} {from_y} {x} {from_y + 6}V{to_y - 6}"
-    d += f"Q{x} {to_y} {x - 6} {to_y}H{x2 + _WIDTH}"
-    tip = path(f"M{x2 + _WIDTH} {to_y}l6 -3.5v7z", "f5", width=0)
-    return path(d, "s5", width=1.5) + tip
+def _bypass(places: Mapping[str, tuple[int, int]], source: str, target: str, x: float) -> str:
+    """Around everything, on the right; between two rows where another operation stands to the right of an end."""
+    (x1, y1), (x2, y2) = _corner(places[source]), _corner(places[target])
+    start, end = x1 + _WIDTH, x2 + _WIDTH
+    if _free_on_the_right(places, source):
+        from_y = y1 + _HEIGHT / 2 + 5
+        d = f"M{start} {from_y}"
+    else:
+        from_y = y1 + _HEIGHT + 5
+        d = f"M{start - 24} {y1 + _HEIGHT}V{from_y}"
+    straight = _free_on_the_right(places, target)
+    to_y = y2 + _HEIGHT / 2 - 5 if straight else y2 - 10
+    d += f"H{x - 6}Q{x} {from_y} {x} {from_y + 6}V{to_y - 6}Q{x} {to_y} {x - 6} {to_y}"
+    if straight:
+        return path(f"{d}H{end}", "s5", width=1.5) + path(f"M{end} {to_y}l6 -3.5v7z", "f5", width=0)
+    return path(f"{d}H{end - 24}V{y2}", "s5", width=1.5) + _head(end - 24, y2)
+
+
+def _free_on_the_right(places: Mapping[str, tuple[int, int]], name: str) -> bool:
+    row, column = places[name]
+    return not any(r == row and c > column for r, c in places.values())
 
 
 def _operation_box(operation: Operation, place: tuple[int, int], outside: Sequence[str]) -> str:
@@ -212,8 +238,10 @@ def _operation_box(operation: Operation, place: tuple[int, int], outside: Sequen
     if operation.change:
         colour = change_of(operation)[1]
         parts.append(path(f"M{x} {y + 4}V{y + _HEIGHT - 4}", f"s{colour}", width=4))
-    room = 25 - len(shape)
-    parts.append(text(x + 9, y + 18, shortened(operation.label, max(room, 8)), "bold" if operation.change else ""))
+    shape = fitted(shape, 132, 10.5)
+    room = _WIDTH - 22 - text_width(shape, 10.5)
+    label = fitted(operation.label, room, 13 if operation.change else 12)
+    parts.append(text(x + 9, y + 18, label, "bold" if operation.change else ""))
     parts.append(text(x + _WIDTH - 6, y + 18, shape, "soft small", anchor="end"))
     if outside:
         parts.append(path(f"M{x + 40} {y - 9}V{y}", "axis", width=1.5, tip=tip) + _head(x + 40, y))

@@ -87,11 +87,8 @@ def graph(parts: Sequence[Part]) -> Iterator[Block]:
         first = members[0]
         others = f" and {', '.join(p.name for p in members[1:])}, which are like it" if len(members) > 1 else ""
         changed = sum(1 for o in first.operations if o.change)
-        what = (
-            f"{len(first.operations)} operations, {changed} changed"
-            if changed
-            else f"{len(first.operations)} operations"
-        )
+        what = f"{len(first.operations)} operation{'s' if len(first.operations) > 1 else ''}"
+        what += f", {changed} changed" if changed else ""
         plot = Figures([diagram.detail(f"block-{i}", first, names)], wide=True)
         rows: list[tuple[Line, ...]] = [
             (Code(o.label), o.kind.replace("_", " "), diagram.shapes(o.before, o.after),

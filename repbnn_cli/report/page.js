@@ -9,7 +9,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const number = Number.parseFloat(text.replace(/,/g, "").replace("−", "-"));
     return headings[column].classList.contains("n") ? (Number.isNaN(number) ? -Infinity : number) : text;
   };
-  headings.forEach((heading, column) => heading.querySelector("button")?.addEventListener("click", () => {
+  const sort = (heading, column) => {
     const numeric = heading.classList.contains("n");
     const now = heading.getAttribute("aria-sort");
     const down = now ? now === "ascending" : numeric;
@@ -19,7 +19,17 @@ for (const table of document.querySelectorAll("table.sortable")) {
     rows.sort(([a], [b]) => (numeric ? (a === b ? 0 : a < b ? -1 : 1) : a.localeCompare(b, "en", {numeric: true})));
     if (down) rows.reverse();
     body.append(...rows.map(([, row]) => row));
-  }));
+  };
+  headings.forEach((heading, column) => {
+    const button = heading.querySelector("[role=button]"); // a <button> is left out where print repeats a heading
+    button?.addEventListener("click", () => sort(heading, column));
+    button?.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === " ") {
+        event.preventDefault();
+        sort(heading, column);
+      }
+    });
+  });
 }
 // Paper cannot be unfolded: everything but what is for the screen is open while printing.
 let opened = [];

@@ -91,7 +91,7 @@ def _heading(words: str, numeric: bool, sortable: bool) -> str:
     css = ' class="n"' if numeric else ""
     if not words:
         return f"<td{css}></td>"
-    inner = f'<button type="button">{escape(words)}</button>' if sortable else escape(words)
+    inner = f'<span role="button" tabindex="0">{escape(words)}</span>' if sortable else escape(words)
     return f'<th scope="col"{css}>{inner}</th>'
 
 

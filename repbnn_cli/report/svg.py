@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from repbnn_cli.number_text import shortened
+
 # Hues that stay apart for every kind of colour blindness, each at least 3:1 on its ground.
 STYLE = """
 .plot{--c1:#0b66b0;--c2:#c2500a;--c3:#0a7d5a;--c4:#a03a86;--c5:#6b7280;--c6:#8a6d00;
@@ -19,6 +21,7 @@ STYLE = """
 --ink:#e6edf3;--soft:#9aa5b1;--grid:#30363d;--ground:#0d1117;--mark:#16283a}}
 .plot text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--ink)}
 .plot text.soft{fill:var(--soft)}.plot text.small{font-size:10.5px}.plot text.bold{font-weight:600}
+.plot text.halo{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
 .plot .grid{stroke:var(--grid);fill:none}.plot .axis{stroke:var(--soft);fill:none}
 .plot .ground{fill:var(--ground)}.plot .mark{fill:var(--mark)}
 """ + "".join(
@@ -156,7 +159,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def rounded_range(low: float, high: float, *, margin: float = 0.06) -> tuple[float, float]:
@@ -168,5 +171,23 @@ def rounded_range(low: float, high: float, *, margin: float = 0.06) -> tuple[flo
 
 
 def text_width(words: str, size: float = 12) -> float:
-    """About as wide as the text will be; East Asian and emoji characters are twice as wide."""
-    return size * sum(1.0 if ord(c) > 0x2E80 else 0.35 if c in "ilI.,:;|'!tfj()[] " else 0.6 for c in words)
+    """About as wide as the text can be in the fonts of STYLE, the widest of which is DejaVu Sans; East Asian and emoji
+    characters are as wide as they are high."""
+    return size * sum(map(_em, words))
+
+
+def _em(c: str) -> float:
+    if c > "\u2e80" or c in "mwMW@%…—":
+        return 1.0
+    if c in "ilI.,:;|'!tfjr()[]/ ":
+        return 0.42
+    return 0.84 if c.isupper() or c in "#&+=<>≥≤×→~±^" else 0.64
+
+
+def fitted(words: str, room: float, size: float = 12) -> str:
+    """The words, without their middle where they are wider than `room` pixels."""
+    if text_width(words, size) <= room:
+        return words
+    most = min(len(words) - 1, int(room / (0.42 * size)))
+    cuts = (shortened(words, length) for length in range(most, 1, -1))
+    return next((cut for cut in cuts if text_width(cut, size) <= room), "…")
