@@ -93,7 +93,7 @@ def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot
 
 def layer_bars(name: str, title: str, bars: Sequence[Bar]) -> Plot:
     """A column per layer, coloured by kind; a dash marks what it was before."""
-    names = [fitted(b.name, 165, 10.5) for b in bars]
+    names = [fitted(b.name, 180, 10.5) for b in bars]
     longest = max((text_width(n, 10.5) for n in names), default=0)
     left, top, bottom, right = max(62.0, longest * _COS + 6), 34, round(longest * _SIN) + 24, 12
     height = 212 + bottom

@@ -40,7 +40,7 @@ def shapes(before: Shape, after: Shape | None) -> str:
     """16×32×32, or "16→32, 32×32" where only the channels grow."""
     if after is None or after == before or not before:
         return shape_text(before)
-    if before[1:] == after[1:]:
+    if len(before) == len(after) and before[1:] == after[1:]:
         rest = f", {shape_text(before[1:])}" if before[1:] else ""
         return f"{before[0]}→{after[0]}{rest}"
     return f"{shape_text(before)}→{shape_text(after)}"

@@ -153,13 +153,14 @@ class Scale:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values within low … high, about `count` of them."""
     span = high - low
-    if not span > 0 or not math.isfinite(span):
+    if not 1e-300 < span < math.inf:
         return [low]
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999999)
     first = math.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    digits = 10 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def rounded_range(low: float, high: float, *, margin: float = 0.06) -> tuple[float, float]:
