@@ -71,7 +71,7 @@ class Lockstep:
         self._rep: dict[fx.Node, Any] = {}
         self._mapped: dict[str, list[fx.Node]] = {}
         self._nodes = iter(list(rep.graph.nodes))
-        self._unused_rep, self._unused_source = _last_uses(rep.graph), _last_uses(self.source_graph)
+        self._unused_rep, self._unused_source = last_uses(rep.graph), last_uses(self.source_graph)
         self._latest: tuple[str, Any, Any] = "", (), None
         self.delta = float("inf")
         self._samples = 1
@@ -135,7 +135,7 @@ class Lockstep:
         path = str(node.target) if node.op == "call_module" else ""
         with ConvCalls() as seen:
             try:
-                value = _execute(self.rep, node, args, kwargs)
+                value = execute(self.rep, node, args, kwargs)
             except Exception as error:
                 raise StuckError(path or node.name, error) from error
         if path in self._merging and len(args) > 2 and self.plan.layers[path].called:
@@ -158,7 +158,7 @@ class Lockstep:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._source_value)
         edit = self.edits.get(str(node.target)) if node.op == "call_module" else None
         if edit is None:
-            return _execute(self.plan.network.module, node, args, kwargs)
+            return execute(self.plan.network.module, node, args, kwargs)
         if edit.path in self._merging and not self._kernels[edit.path]:
             return None
         module = self._references[edit.path]
@@ -365,7 +365,8 @@ def _per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor
     return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
 
 
-def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node of a graph over `root` computes from the values of its arguments; not for placeholder and output."""
     if node.op == "get_attr":
         return fetch(root, str(node.target))
     if node.op == "call_module":
@@ -375,7 +376,7 @@ def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Node → the nodes whose values are needed no more after it.
 
     Sizes of the source are computed when they are asked for, so what they are read from has to live until then.

@@ -86,6 +86,11 @@ def watcher(epochs: Mapping[str, int | None]) -> Bar | Lines:
     return Bar(epochs) if sys.stderr.isatty() else Lines(epochs)
 
 
+def fitted_line(path: str, before: float, after: float) -> str:
+    """How much of the source's values behind a convolution the Rep network misses, before and after fitting it."""
+    return f"  {path}: misses {100 * after:.1f} % of the source's variance, {100 * before:.1f} % before"
+
+
 def epoch_line(row: Mapping[str, Any], epochs: Mapping[str, int | None]) -> str:
     """A row of metrics as one line; the stage is named where there are several."""
     stage = f"{row['stage']} " if len(epochs) > 1 else ""

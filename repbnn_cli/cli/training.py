@@ -128,7 +128,11 @@ def calibrate_command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
-    batches: Annotated[int, typer.Option("--batches", help="Training batches to look at.")] = 50,
+    batches: Annotated[int, typer.Option("--batches", help="Training batches for the statistics.")] = 50,
+    fit: Annotated[
+        int, typer.Option("--fit", help="Steps per convolution that fit it to the source network's; 0: none.")
+    ] = 200,
+    images: Annotated[int, typer.Option("--images", help="Training images to fit on, as far as memory allows.")] = 2048,
     device: Device = "auto",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="NAME-calibrated.repbnn.pt if not given.")
@@ -137,11 +141,14 @@ def calibrate_command(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Re-estimate BatchNorm statistics after a transform.
+    """After a transform: fit each convolution to the source network, and re-estimate BatchNorm statistics.
+
+    Uses a few training images without their labels. A network that was trained since then gets statistics alone.
 
     \b
     Examples:
     repbnn calibrate rep.repbnn.pt --data cifar10:DIR
+    repbnn calibrate rep.repbnn.pt --data cifar10:DIR --fit 0
     """
     from repbnn_cli.commands import training
 
@@ -150,6 +157,8 @@ def calibrate_command(
         data=data,
         recipe=recipe,
         batches=batches,
+        fit=fit,
+        images=images,
         device=device,
         output=output,
         force=force,

@@ -17,7 +17,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
-from repbnn_cli.train import backends, engine, feeds, measure, recipes
+from repbnn_cli.train import backends, engine, feeds, measure, recipes, reconstruct
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
 from repbnn_cli.train.ranks import joined
@@ -137,10 +137,10 @@ def evaluate(
 
 
 def calibrate(
-    target: str | None, *, data: str | None, recipe: str | None, batches: int, device: str, output: str | None,
-    force: bool, model: str | None, as_json: bool,
+    target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, images: int, device: str,
+    output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Re-estimate the BatchNorm statistics of a result on training images, and write it again."""
+    """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     path = Path(target) if target else result.newest()
     place = Path(output) if output else _calibrated(path)
     if place == path and not force:
@@ -154,14 +154,40 @@ def calibrate(
     where = pupils.device_of(device)
     feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where)
     pupil.network.to(where)
+    fitted = _fitted(pupil.opened, feed, steps=fit, images=images, device=where)
     used = measure.calibrate(pupil.network, feed.train.epoch(0), batches)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
-    about = {"calibrated_batches": used, "data": dataset.name, "data_fingerprint": dataset.fingerprint,
+    about = {"calibrated_batches": used, **fitted, "data": dataset.name, "data_fingerprint": dataset.fingerprint,
              "data_notes": list(dataset.notes), "top1": found.top1}  # fmt: skip
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
     views.say(f"BatchNorm estimated anew on {used} batches; wrote {place}")
+
+
+def _fitted(
+    opened: result.Result, feed: feeds.Feed, *, steps: int, images: int, device: torch.device
+) -> dict[str, Any]:  # fmt: skip
+    """Fits a result that nobody has trained since its transform, and says what came of it."""
+    if not steps:
+        return {}
+    if "recipe" in opened.payload.get("training", {}):
+        views.say("not fitted to the source network: this network was trained since its transform")
+        return {}
+    if not opened.payload["source_tensors"]:
+        raise UsageError(f"{opened.path}: holds no source network to fit to (--slim); --fit 0 does without")
+    batches = reconstruct.batches_for(opened.plan, feed.train.epoch(0), images)
+    count = sum(map(len, batches))
+    views.say(f"fitting to the source network: {steps} steps per convolution, {count:,} training images")
+    opened.plan.network.module.to(device)
+    units = reconstruct.reconstruct(
+        opened.plan,
+        opened.module,
+        batches,
+        steps=steps,
+        on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
+    )
+    return {"fit_steps": steps, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
 
 
 def _calibrated(path: Path) -> Path:

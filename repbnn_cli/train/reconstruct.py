@@ -1,0 +1,364 @@
+"""Fits a Rep network to the source it came from, layer by layer, on a few training images and without their labels.
+
+Right after a transform source channels share a convolution output, and the network has lost most of what it knew. What
+the repeat leaves free (the binary kernel, scale and shift of every copy, slopes and shifts of what follows) is chosen
+here, one convolution after the other in the order of the forward, so that the stream behind it comes near the source's:
+
+    minimise  mean (e(x; θ) − expand(e_source))²   over the parameters θ of the convolution and of what follows it
+
+e is the last value that the convolution alone decides on: behind its BatchNorm, its sum with the bypass, its
+activation. x is what the layers before, fitted already, really give, so each layer also makes up for the errors of
+those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way.
+docs/inheritance.md has what it is worth.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.channels import Tiled
+from repbnn_cli.layers import LearnableBias, RPReLU
+from repbnn_cli.lockstep import execute, last_uses
+from repbnn_cli.plan import Plan
+from repbnn_cli.tracer import fetch
+
+# What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
+_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU)
+_FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, F.hardtanh, F.relu, F.prelu, torch.relu,
+              torch.clamp, F.leaky_relu}  # fmt: skip
+_METHODS = {"add", "add_", "clamp", "clamp_", "relu", "sub"}
+_KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
+
+MEMORY = 4 * 2**30
+"""Bytes that the values of all images together may take."""
+_ALIVE = 6  # tensors of the largest size at a time: a unit's input, bypass and output, the source's, and targets
+
+Chunks = list[Any]  # the values of a node, one per batch of images
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One convolution: the share of the target's variance that its unit missed before and after, on the images used."""
+
+    path: str
+    before: float
+    after: float
+
+
+def reconstruct(
+    plan: Plan,
+    rep: fx.GraphModule,
+    batches: list[Tensor],
+    *,
+    steps: int = 200,
+    seed: int = 0,
+    on_unit: Callable[[Fitted], None] | None = None,
+) -> list[Fitted]:
+    """Fits `rep`, which plan made, in place; batches: images (N, C, H, W) each, as training prepares them.
+
+    steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
+    keep what they inherited. Afterwards rep is in eval mode.
+    """
+    rep.eval()
+    plan.network.module.eval()
+    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(seed), on_unit)
+    with _mid_schedule(rep):
+        fitting.run()
+    return fitting.done
+
+
+def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: int) -> list[Tensor]:
+    """The first batches of a training epoch, at most `images` of them, and as many as MEMORY holds with all values."""
+    sizes = [n.meta["value"] for n in plan.network.graph.nodes if isinstance(n.meta.get("value"), Tensor)]
+    largest = max(value.numel() // len(value) for value in sizes if value.dim() > 1) * plan.beta
+    wanted = min(images, MEMORY // (4 * largest * _ALIVE))
+    found: list[Tensor] = []
+    for batch, _ in batches:
+        if wanted <= 0:
+            break
+        found.append(batch[:wanted])
+        wanted -= len(batch)
+    if len(found) > 1 and len(found[-1]) < len(found[0]):
+        found.pop()
+    return found
+
+
+class _Fitting:
+    def __init__(
+        self, plan: Plan, rep: fx.GraphModule, batches: list[Tensor], steps: int, random: torch.Generator,
+        on_unit: Callable[[Fitted], None] | None,
+    ) -> None:  # fmt: skip
+        self.plan, self.rep, self.source = plan, rep, plan.network
+        self.steps, self.random, self.on_unit = steps, random, on_unit
+        self.chunks = len(batches)
+        self.done: list[Fitted] = []
+        by_name = {node.name: node for node in self.source.graph.nodes}
+        self.twin = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
+        calls = [str(n.target) for n in rep.graph.nodes if n.op == "call_module"]
+        fitted = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs") and e.layout is None}
+        once = {path for path in fitted if calls.count(path) == 1}
+        self.waiting = {n for n in rep.graph.nodes if n.op == "call_module" and n.target in once}
+        self.values: dict[fx.Node, Chunks] = {}
+        self.targets: dict[fx.Node, Chunks] = {}
+        self.unused = last_uses(rep.graph)
+        self.computed: set[fx.Node] = set()
+        self.behind = _ancestors(rep.graph)
+        self.settled: set[str] = set()
+        for own, theirs in zip(_inputs(rep.graph), _inputs(self.source.graph), strict=True):
+            self.values[own] = self.targets[theirs] = list(batches)
+
+    def run(self) -> None:
+        for node in self.rep.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in self.waiting:
+                self._fit(node)
+                self.waiting.discard(node)
+            self._settle(node)
+            self.values[node] = [self._run(node, i) for i in range(self.chunks)]
+            for used in self.unused.get(node, ()):
+                self.values.pop(used, None)
+
+    # -- one convolution ----------------------------------------------------------------------------------------------
+
+    def _fit(self, conv: fx.Node) -> None:
+        unit = self._unit(conv)
+        if not unit:
+            return
+        outer = {n for member in unit for n in member.all_input_nodes if n not in unit and n.op != "get_attr"}
+        for node in outer:
+            self._available(node)
+        wanted = self._wanted(unit[-1])
+        modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
+        parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
+        norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+        with _training(modules, parameters):
+            self._start_norms(unit)
+            before = self._missed(unit, wanted)
+            optimizer = torch.optim.Adam([{"params": [p], "lr": _rate(p)} for p in parameters])
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
+            for step in range(self.steps):
+                if step % len(wanted) == 0:
+                    order = torch.randperm(len(wanted), generator=self.random).tolist()
+                chunk = order[step % len(wanted)]
+                optimizer.zero_grad()
+                F.mse_loss(self._end(unit, chunk), wanted[chunk]).backward()
+                optimizer.step()
+                schedule.step()
+            optimizer.zero_grad()
+            after = self._missed(unit, wanted)
+        with _estimating(norms):
+            for chunk in range(len(wanted)):
+                with torch.no_grad():
+                    self._end(unit, chunk)
+        self.settled |= {str(n.target) for n in unit if n.op == "call_module"}
+        for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
+            del self.targets[node]
+        self.done.append(Fitted(str(conv.target), before, after))
+        if self.on_unit is not None:
+            self.on_unit(self.done[-1])
+
+    def _unit(self, conv: fx.Node) -> list[fx.Node]:
+        """The convolution and what follows it up to the last value whose target is known; [] where there is none."""
+        chain, end = [conv], conv if self._known(conv) else None
+        while len(chain[-1].users) == 1:
+            following = next(iter(chain[-1].users))
+            if not self._continues(following, chain):
+                break
+            chain.append(following)
+            end = following if self._known(following) else end
+        return [] if end is None else chain[: chain.index(end) + 1]
+
+    def _continues(self, node: fx.Node, chain: list[fx.Node]) -> bool:
+        if node.op == "call_module":
+            fits = isinstance(fetch(self.rep, str(node.target)), _MODULES)
+        elif node.op == "call_function":
+            fits = node.target in _FUNCTIONS
+        else:
+            fits = node.op == "call_method" and node.target in _METHODS
+        others = [n for n in node.all_input_nodes if n is not chain[-1]]
+        # Another operand may not wait for a convolution that is still to be fitted.
+        return fits and not any((self.behind[n] | {n}) & self.waiting - {chain[0]} for n in others)
+
+    def _known(self, node: fx.Node) -> bool:
+        twin = self.twin.get(node.name)
+        if twin is None:
+            return False
+        step = self.plan.steps[twin.name]
+        return not step.static and not step.by_position and (step.state is None or isinstance(step.state, Tiled))
+
+    def _wanted(self, end: fx.Node) -> list[Tensor]:
+        """The source's values at the end of a unit, with the channels that the Rep network has there."""
+        twin = self.twin[end.name]
+        state = self.plan.steps[twin.name].state
+        found: list[Tensor] = self._target(twin)
+        if not isinstance(state, Tiled):
+            return found
+        index = torch.tensor(state.index, device=found[0].device)
+        return [value.index_select(1, index) for value in found]
+
+    def _parameters(self, unit: list[fx.Node], modules: list[nn.Module]) -> list[Tensor]:
+        named = [p for module in modules for p in module.parameters()]
+        named += [
+            fetch(self.rep, str(n.target)) for member in unit for n in member.all_input_nodes if n.op == "get_attr"
+        ]
+        unique = {id(p): p for p in named if isinstance(p, nn.Parameter)}
+        return list(unique.values())
+
+    def _end(self, unit: list[fx.Node], chunk: int) -> Tensor:
+        """The unit's last value on one batch, with gradients for its parameters."""
+        local: dict[fx.Node, Any] = {}
+
+        def value(node: fx.Node) -> Any:
+            if node in local:
+                return local[node]
+            return fetch(self.rep, str(node.target)) if node.op == "get_attr" else self.values[node][chunk]
+
+        for node in unit:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            local[node] = execute(self.rep, node, args, kwargs)
+        result: Tensor = local[unit[-1]]
+        return result
+
+    @torch.no_grad()
+    def _start_norms(self, unit: list[fx.Node]) -> None:
+        """Scale and shift of the BatchNorm behind the convolution by least squares, each copy for its own channel."""
+        norm = unit[1] if len(unit) > 1 and unit[1].op == "call_module" else None
+        module = None if norm is None else fetch(self.rep, str(norm.target))
+        if norm is None or not isinstance(module, _BatchNorm) or module.weight is None or not self._known(norm):
+            return
+        wanted = torch.cat(self._wanted(norm)[:4])
+        module.weight.fill_(1.0)
+        module.bias.zero_()
+        given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(4, self.chunks))])
+        dims = [d for d in range(given.dim()) if d != 1]
+        module.weight.copy_((given * wanted).mean(dims))  # given: mean 0 and variance 1 in each channel
+        module.bias.copy_(wanted.mean(dims))
+
+    @torch.no_grad()
+    def _missed(self, unit: list[fx.Node], wanted: list[Tensor]) -> float:
+        few = range(min(4, len(wanted)))
+        error = sum(F.mse_loss(self._end(unit, i), wanted[i]).item() for i in few) / len(few)
+        variance = torch.cat([wanted[i] for i in few]).var(correction=0).item()
+        return error / variance if variance else 0.0
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _available(self, node: fx.Node) -> None:
+        """Computes what a unit needs from elsewhere, if its turn has not come yet."""
+        if node not in self.values:
+            for used in node.all_input_nodes:
+                self._available(used)
+            self._settle(node)
+            self.values[node] = [self._run(node, i) for i in range(self.chunks)]
+
+    @torch.no_grad()
+    def _run(self, node: fx.Node, chunk: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_batch(self.values, chunk))
+        return execute(self.rep, node, args, kwargs)
+
+    def _settle(self, node: fx.Node) -> None:
+        """Estimates the statistics of a BatchNorm outside of any unit when its input is there."""
+        if node.op != "call_module" or str(node.target) in self.settled:
+            return
+        module = fetch(self.rep, str(node.target))
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        if norms:
+            with _estimating(norms):
+                for chunk in range(self.chunks):
+                    self._run(node, chunk)
+        self.settled.add(str(node.target))
+
+    @torch.no_grad()
+    def _target(self, node: fx.Node) -> Chunks:
+        """The source's values, computed where they are first asked for; dropped behind a unit that they are not needed
+        after."""
+        if node not in self.targets:
+            for used in node.all_input_nodes:
+                self._target(used)
+            found = []
+            for chunk in range(self.chunks):
+                arguments = self._of_batch(self.targets, chunk)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), arguments)
+                found.append(execute(self.source.module, node, args, kwargs))
+            self.targets[node] = found
+            self.computed.add(node)
+        return self.targets[node]
+
+    @staticmethod
+    def _of_batch(values: Mapping[fx.Node, Chunks], chunk: int) -> Callable[[fx.Node], Any]:
+        return lambda node: values[node][chunk]
+
+
+def _rate(parameter: Tensor) -> float:
+    """Adam's step, which is absolute, in units of the tensor: kernels of any scale flip as many signs."""
+    size = float(parameter.detach().abs().mean())
+    return _KERNEL_RATE * size if parameter.dim() > 1 and size else _OTHER_RATE * max(size, _LEAST)
+
+
+def _inputs(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _ancestors(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        found[node] = set().union(*({n} | found[n] for n in node.all_input_nodes))
+    return found
+
+
+@contextmanager
+def _training(modules: list[nn.Module], parameters: list[Tensor]) -> Iterator[None]:
+    asked = [p.requires_grad for p in parameters]
+    for module in modules:
+        module.train()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+        for parameter, before in zip(parameters, asked, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+
+
+@contextmanager
+def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Meanwhile running statistics become the plain average over the batches that come by."""
+    kept = [(norm, norm.momentum) for norm in norms if norm.running_mean is not None]
+    for norm, _ in kept:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in kept:
+            norm.momentum = momentum
+            norm.eval()
+
+
+@contextmanager
+def _mid_schedule(network: nn.Module) -> Iterator[None]:
+    """Meanwhile t and k of the sign estimators are 1: at the end of their schedule hardly a gradient is left."""
+    kept = [(tensor, tensor.clone()) for m in network.modules() if isinstance(m, BinaryConv2d)
+            for tensor in (getattr(m, "t", None), getattr(m, "k", None)) if isinstance(tensor, Tensor)]  # fmt: skip
+    for tensor, _ in kept:
+        tensor.fill_(1.0)
+    try:
+        yield
+    finally:
+        for tensor, before in kept:
+            tensor.copy_(before)

@@ -1,0 +1,179 @@
+"""Fitting a Rep network to its source: it comes nearer, layer by layer, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Residual, randomize, transformed
+from torch import Tensor, fx, nn
+from train_examples import tiny
+
+import repbnn_cli
+from repbnn_cli import binary_conv, zoo
+from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.cli import run
+from repbnn_cli.plan import Plan
+from repbnn_cli.train import reconstruct
+
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
+KINDS = ["FracConv2d", "GatedConv2d", "IRConv2d", "RBNNConv2d", "ReCUConv2d", "SignConv2d"]
+
+
+def batches(count: int = 3, size: int = 16, seed: int = 7) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, 8, 8, generator=draw) for _ in range(count)]
+
+
+def distance(plan: Plan, rep: nn.Module, given: list[Tensor]) -> float:
+    """Mean squared difference of the outputs, over the variance of the source's."""
+    with torch.no_grad():
+        ours, theirs = (torch.cat([net(x) for x in given]) for net in (rep.eval(), plan.network.module.eval()))
+    return float((ours - theirs).square().mean() / theirs.var(correction=0))
+
+
+def made(model: nn.Module, **options: object) -> tuple[Plan, fx.GraphModule]:
+    plan, rep = transformed(randomize(model), **options)
+    assert isinstance(rep, fx.GraphModule)
+    return plan, rep
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_comes_nearer_to_the_source(kind: str) -> None:
+    """On images that it was fitted to, and on others; the start is the same network with its statistics estimated."""
+    plan, rep = made(tiny(conv=getattr(binary_conv, kind)))
+    started = copy.deepcopy(rep)
+    given, other = batches(4, 32), batches(2, 32, seed=8)
+    reconstruct.reconstruct(plan, started, given, steps=0)
+    found = reconstruct.reconstruct(plan, rep, given, steps=60)
+    assert [unit.path for unit in found] == ["conv", "fc"]
+    assert all(unit.after <= 1.02 * unit.before for unit in found)
+    assert found[0].after < 0.95 * found[0].before
+    assert distance(plan, rep, given) < distance(plan, started, given)
+    assert distance(plan, rep, other) < distance(plan, started, other)
+
+
+def test_foreign_layers_with_a_residual_are_fitted_up_to_where_their_part_ends() -> None:
+    plan, rep = made(Residual())
+    found = reconstruct.reconstruct(plan, rep, batches(), steps=30)
+    assert [unit.path for unit in found] == ["conv1", "conv2", "shortcut", "fc"]
+    assert found[-1].after < found[-1].before
+
+
+def test_with_one_replica_there_is_nothing_to_make_up_for() -> None:
+    """β = 1 is the source: nothing is missed once the BatchNorms have the statistics of the same images, and the
+    kernels' signs stay."""
+    model = randomize(tiny())
+    given = batches()
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = None
+            part.reset_running_stats()
+    model.drop.p = 0.0
+    with torch.no_grad():
+        for batch in given:
+            model(batch)
+    plan, rep = transformed(model, beta=1)
+    signs = {n: m.binary_weight().sign() for n, m in rep.named_modules() if isinstance(m, BinaryConv2d)}
+    found = reconstruct.reconstruct(plan, rep, given, steps=0)
+    assert all(unit.before < 1e-2 for unit in found)
+    for name, sign in signs.items():
+        assert torch.equal(rep.get_submodule(name).binary_weight().sign(), sign)
+
+
+def test_everything_but_the_rep_networks_tensors_is_as_before() -> None:
+    plan, rep = made(tiny())
+    source = copy.deepcopy(plan.network.module.state_dict())
+    rep.get_parameter("conv.weight").requires_grad_(False)
+    attributes = {
+        name: (m.training, getattr(m, "momentum", None), *(float(getattr(m, n)) for n in ("t", "k") if hasattr(m, n)))
+        for name, m in rep.eval().named_modules()
+    }
+    random = torch.get_rng_state()
+    reconstruct.reconstruct(plan, rep, batches(), steps=3)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, m in rep.named_modules():
+        now = (m.training, getattr(m, "momentum", None), *(float(getattr(m, n)) for n in ("t", "k") if hasattr(m, n)))
+        assert now == attributes[name], name
+    assert not rep.get_parameter("conv.weight").requires_grad
+    assert all(p.grad is None for p in rep.parameters())
+    assert all(torch.equal(tensor, source[name]) for name, tensor in plan.network.module.state_dict().items())
+
+
+def test_the_same_images_and_seed_give_the_same_bits() -> None:
+    plan, rep = made(tiny())
+    again = copy.deepcopy(rep)
+    for network in (rep, again):
+        reconstruct.reconstruct(plan, network, batches(), steps=5, seed=3)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in rep.state_dict().items())
+
+
+def test_statistics_are_those_of_what_arrives_at_each_batch_norm() -> None:
+    plan, rep = made(Residual())
+    given = batches()
+    reconstruct.reconstruct(plan, rep, given, steps=5)
+    arrived: dict[str, list[Tensor]] = {}
+    norms = {name: m for name, m in rep.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda _, inputs, __, name=name: arrived.setdefault(name, []).append(inputs[0]))
+    with torch.no_grad():
+        for batch in given:
+            rep(batch)
+    assert len(norms) == 4
+    for name, norm in norms.items():
+        mean = torch.stack([x.mean((0, 2, 3)) for x in arrived[name]]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in arrived[name]]).mean(0)
+        copies = len(norm.running_mean) // len(mean)
+        torch.testing.assert_close(norm.running_mean, mean.repeat(copies), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, var.repeat(copies), rtol=1e-4, atol=1e-5)
+
+
+def test_no_more_images_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest value of the plan's network: 8 channels × 8 × 8, twice with β = 2, in float32, six at a time."""
+    plan, _ = made(Residual())
+    epoch = [(batch, torch.zeros(len(batch))) for batch in batches(5, 10)]
+    assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 30)] == [10, 10, 10]
+    assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 25)] == [10, 10]  # all of one size
+    assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 4)] == [4]
+    monkeypatch.setattr(reconstruct, "MEMORY", 20 * 6 * 4 * 2 * 8 * 8 * 8)
+    assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 1000)] == [10, 10]
+
+
+@pytest.mark.parametrize("arch", ["fracbnn_resnet20", "reactnet_resnet18", "recu_resnet20"])
+def test_networks_of_the_zoo_have_every_binary_convolution_fitted(arch: str) -> None:
+    torch.manual_seed(0)
+    shape = (3, 32, 32)
+    plan, rep = made(zoo.build(arch), shape=shape)
+    given = [torch.rand(4, *shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = {unit.path for unit in reconstruct.reconstruct(plan, rep, given, steps=0)}
+    binary = {e.path for e in plan.edits if e.action == "rep_conv"}
+    assert binary <= found
+    assert len(binary) > 15
+
+
+def test_calibrate_fits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    monkeypatch.chdir(tmp_path)
+    Path("ckpt.pth").write_bytes(CHECKPOINT.read_bytes())
+    assert run(["transform", "ckpt.pth", "-o", "rep.repbnn.pt"]) == 0
+    assert run(["transform", "ckpt.pth", "-o", "slim.repbnn.pt", "--slim"]) == 0
+    quick = ["--data", "digits", "--batches", "2", "--images", "16"]
+    capsys.readouterr()
+    assert run(["calibrate", "rep.repbnn.pt", *quick, "--fit", "1", "--json"]) == 0
+    shown = capsys.readouterr().err
+    assert "fitting to the source network: 1 steps per convolution, 16 training images" in shown
+    assert "layer3.2.conv2: misses " in shown
+    training = torch.load("rep-calibrated.repbnn.pt", weights_only=True)["training"]
+    assert len(training["fit"]) == 19
+    assert (training["fit_steps"], training["fit_images"]) == (1, 16)
+    before, after = (repbnn_cli.load(p).state_dict() for p in ("rep.repbnn.pt", "rep-calibrated.repbnn.pt"))
+    assert not torch.equal(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
+    assert torch.equal(before["conv1.weight"], after["conv1.weight"])
+    assert run(["calibrate", "slim.repbnn.pt", *quick]) == 2
+    assert "slim.repbnn.pt: holds no source network to fit to (--slim); --fit 0 does without" in capsys.readouterr().err
+    assert run(["calibrate", "slim.repbnn.pt", *quick, "--fit", "0"]) == 0
