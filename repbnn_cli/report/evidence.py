@@ -111,6 +111,7 @@ def tensors(evidence: Evidence) -> Iterator[Block]:
             yield Paragraph(
                 "The source network's weights are not in the file (--slim), so only the Rep network is shown."
             )
+        yield Folded("The distribution as a table", [_histogram_table(weights)], screen=True)
         for side, found in weights:
             yield Folded(f"Latent weights, {side}", [_weight_table(found)])
     if activations:
@@ -124,15 +125,30 @@ def _sides(sides: tuple[Sequence[T], Sequence[T]]) -> list[tuple[str, Sequence[T
     return [(name, found) for name, found in zip(("source", "Rep"), sides, strict=True) if found]
 
 
+def _histograms(sides: Sequence[tuple[str, Sequence[Weights]]]) -> list[tuple[str, list[int]]]:
+    """Of the binary layers together, where a side has any."""
+    binary = [(side, [w for w in found if w.role.startswith("binary")] or found) for side, found in sides]
+    return [(side, [sum(w.histogram[b] for w in found) for b in range(BINS)]) for side, found in binary]
+
+
+def _histogram_table(sides: Sequence[tuple[str, Sequence[Weights]]]) -> Table:
+    shares = [(side, [100 * n / (sum(counts) or 1) for n in counts]) for side, counts in _histograms(sides)]
+    edge = 2 * REACH / BINS
+    rows = [
+        (f"{b * edge - REACH:g} … {(b + 1) * edge - REACH:g}", *(f"{values[b]:.2f}" for _, values in shares))
+        for b in range(BINS)
+    ]
+    return Table(("w / mean |w|", *(f"{side} %" for side, _ in shares)), rows)
+
+
 def _weight_plots(sides: Sequence[tuple[str, Sequence[Weights]]]) -> Iterator[Plot]:
     binary = [(side, [w for w in found if w.role.startswith("binary")] or found) for side, found in sides]
-    sums = [(side, [sum(w.histogram[b] for w in found) for b in range(BINS)]) for side, found in binary]
     which = (
         "Latent weights of the binary layers"
         if any(w.role.startswith("binary") for _, f in sides for w in f)
         else "Weights"
     )
-    yield charts.histogram("weights", which, sums, REACH, "w / mean |w| of its layer")
+    yield charts.histogram("weights", which, _histograms(sides), REACH, "w / mean |w| of its layer")
     curves = [_side_line(side, [100 * w.near_zero for w in found]) for side, found in binary]
     yield charts.lines(
         "near-zero", "Weights about to flip: |w| below a tenth of the mean", curves, across="binary layer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ STYLE = """
     f".plot .o{i}{{stroke:var(--c{i});fill:var(--ground)}}"
     for i in range(1, 7)
 )  # fmt: skip
+_NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 PRINTED = """
 @media print{.plot{--c1:#0b66b0;--c2:#c2500a;--c3:#0a7d5a;--c4:#a03a86;--c5:#6b7280;--c6:#8a6d00;--ink:#1b1f24;
 --soft:#57606a;--grid:#d8dee4;--ground:#fff;--mark:#e8f1fa}}
@@ -68,7 +70,7 @@ class Plot:
 
 def escape(text: object) -> str:
     """Text and attribute values of HTML and SVG; characters that XML does not have become �."""
-    allowed = "".join(c if c in "\t\n\r" or (c >= " " and not "\ud800" <= c <= "\udfff") else "�" for c in str(text))
+    allowed = _NO_XML.sub("�", str(text))
     return html.escape(allowed)
 
 
