@@ -174,6 +174,9 @@ def test_calibrate_fits_and_says_so(
     before, after = (repbnn_cli.load(p).state_dict() for p in ("rep.repbnn.pt", "rep-calibrated.repbnn.pt"))
     assert not torch.equal(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
     assert torch.equal(before["conv1.weight"], after["conv1.weight"])
+    assert run(["report", "rep-calibrated.repbnn.pt", "--markdown", "-o", "R.md"]) == 0
+    before, after = training["fit"]["layer2.0.conv1"]
+    assert f"| `layer2.0.conv1` | {100 * before:.2f} | {100 * after:.2f} |" in Path("R.md").read_text()
     assert run(["calibrate", "slim.repbnn.pt", *quick]) == 2
     assert "slim.repbnn.pt: holds no source network to fit to (--slim); --fit 0 does without" in capsys.readouterr().err
     assert run(["calibrate", "slim.repbnn.pt", *quick, "--fit", "0"]) == 0

@@ -25,6 +25,7 @@ from repbnn_cli.report.document import (
     Strong,
     Table,
 )  # fmt: skip
+from repbnn_cli.report.inherited import inherited
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.value import INHERIT, LAST_LAYER, PlanGroup, Report, differences, printed
 from repbnn_cli.tables import LABELS, footnotes, label, left_out
@@ -35,6 +36,7 @@ def document(report: Report) -> Document:
     sections = (
         Section("changes", "What was transformed", [*_what_changed(report)]),
         Section("certificate", "Certificate", [_certificate(report)]),
+        Section("inherited", "What was inherited", [*inherited(report.given.training)]),
         Section("costs", "Costs", [*_costs(report)]),
         Section("accuracy", "Accuracy", [*evidence.landscape(report)]),
         Section("runs", "Training", [*trained.runs(report.given.runs)]),

@@ -1,0 +1,31 @@
+"""What a report says of how near the Rep network came to its source when it was calibrated, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from repbnn_cli.number_text import exact
+from repbnn_cli.report import charts
+from repbnn_cli.report.document import Block, Code, Figures, Folded, Paragraph, Table
+
+
+def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
+    """training: what a result says of itself; its `fit` maps paths to the shares missed before and after."""
+    fit = training.get("fit")
+    if not fit:
+        return
+    yield Paragraph(
+        f"Fitted to the source network before any training: {training['fit_steps']} steps per convolution on "
+        f"{exact(training['fit_images'])} training images, without labels. What is missed is the mean squared distance "
+        "of the values behind a convolution to the source's, over their variance."
+    )
+    curves = [
+        charts.Line(name, tuple((float(i), 100 * values[side]) for i, values in enumerate(fit.values(), 1)), style)
+        for side, (name, style) in enumerate((("as transformed", charts.BEFORE), ("fitted", charts.AFTER)))
+    ]
+    across, unit = "convolution, in order of the forward", "% of the variance"
+    yield Figures([charts.lines("fit", "Missed of the source", curves, across=across, unit=unit, low=0)])
+    rows = [(Code(path), f"{100 * before:.2f}", f"{100 * after:.2f}") for path, (before, after) in fit.items()]
+    table = Table(("layer", "as transformed %", "fitted %"), rows, left=1, sortable=True)
+    yield Folded("Missed of the source, layer by layer", [table])
