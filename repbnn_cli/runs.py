@@ -17,6 +17,7 @@ from repbnn_cli.errors import CheckpointError, UsageError
 RECORD, ENVIRONMENT, RECIPE, METRICS, TIMING = (
     "run.json", "environment.json", "recipe.yaml", "metrics.jsonl", "timing.jsonl",
 )  # fmt: skip
+_DAMAGED = "the run's folder was changed or damaged"
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,15 @@ def read(folder: str | os.PathLike[str]) -> RunRecord:
             f"{path}: holds no run ({RECORD} is not there); expected a folder that `repbnn finetune` wrote"
         )
     environment = _object(path / ENVIRONMENT)
-    about = environment.get("network") or {}
-    rows = _rows(path / METRICS)
-    stages = tuple(StageRecord(**stage) for stage in environment.get("stages", ()))
+    try:
+        about = dict(environment.get("network") or {})
+        stages = tuple(StageRecord(**stage) for stage in environment.get("stages", ()))
+        seed, data = environment["seed"], environment["data"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / ENVIRONMENT}: is not what a run records ({type(error).__name__}: {error}); {_DAMAGED}"
+        ) from None
+    rows = _rows(path / METRICS, "stage", "epoch", "test_top1")
     measured = [row for row in rows if row["epoch"] and row["stage"] == rows[-1]["stage"]]
     best = max(measured, key=lambda row: row["test_top1"], default=None)  # the first of equals, as best.pt is
     finished = (path / "checkpoints" / "last.pt").is_file()
@@ -138,8 +145,8 @@ def read(folder: str | os.PathLike[str]) -> RunRecord:
         source_top1=about.get("source_top1"),
         recipe=environment.get("recipe") or "",
         recipe_text=_text(path / RECIPE),
-        seed=environment["seed"],
-        data=environment["data"],
+        seed=seed,
+        data=data,
         data_notes=tuple(environment.get("data_notes", ())),
         stages=stages,
         rows=rows,
@@ -181,7 +188,8 @@ def _unfinished(path: Path, stages: tuple[StageRecord, ...]) -> str:
     return f"unfinished: goes on at stage {stages[stage].name}, epoch {epoch + 1} of {stages[stage].epochs}{step}"
 
 
-def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+def _rows(path: Path, *needed: str) -> tuple[dict[str, Any], ...]:
+    """One object a line; `needed`: keys that each has."""
     if not path.exists():
         return ()
     rows = []
@@ -189,17 +197,22 @@ def _rows(path: Path) -> tuple[dict[str, Any], ...]:
         if not line.endswith("\n"):  # being written, or a killed run was in the middle of it
             break
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            raise CheckpointError(f"{path}:{number}: is not JSON; the run's folder was changed or damaged") from None
+            raise CheckpointError(f"{path}:{number}: is not JSON; {_DAMAGED}") from None
+        if not isinstance(row, dict) or not row.keys() >= set(needed):
+            raise CheckpointError(f"{path}:{number}: is no row of a run (expected {', '.join(needed)}); {_DAMAGED}")
+        rows.append(row)
     return tuple(rows)
 
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(_text(path))
+        value = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}: is not JSON; the run's folder was changed or damaged") from None
+        raise CheckpointError(f"{path}:{error.lineno}: is not JSON; {_DAMAGED}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is no JSON object; {_DAMAGED}")
     return value
 
 
