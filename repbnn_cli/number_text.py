@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from repbnn_cli.profiler import Change
@@ -68,14 +69,17 @@ def cell(text: str) -> str:
 
 
 def safe(text: str) -> str:
-    """Text outside code spans: no markup of its own."""
-    return html.escape(str(text), quote=False).replace("*", "\\*").replace("`", "\\`")
+    """Text outside code spans: no markup of its own, as GitHub reads it."""
+    escaped = re.sub(r"[\\*`]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=])\(", r"\\\g<0>", str(text))
+    return html.escape(escaped, quote=False)
 
 
 def code(text: str) -> str:
     """A code span, also for text with backticks."""
     if not text:
         return ""
+    if "\\|" in text:  # in a cell a code span cannot hold both
+        return f"<code>{''.join(c if c.isalnum() else f'&#{ord(c)};' for c in text)}</code>"
     fence = "`" * (1 + max((len(run) for run in _runs(text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"

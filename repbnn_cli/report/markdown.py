@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -54,7 +55,12 @@ def _block(block: Block, plots: str | None) -> Iterator[str]:
     elif not block.screen:
         body = "\n".join(text for b in block.blocks for text in _block(b, plots))
         if body:
-            yield f"<details>\n<summary>{safe(block.summary)}</summary>\n\n{body}\n</details>\n"
+            yield f"<details>\n<summary>{_in_html(block.summary)}</summary>\n\n{body}\n</details>\n"
+
+
+def _in_html(text: str) -> str:
+    """Inside a line of HTML, where Markdown does not read."""
+    return html.escape(" ".join(text.split()), quote=False)
 
 
 def _link(plot: Plot | Picture, folder: str) -> str:
