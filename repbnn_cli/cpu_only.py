@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repbnn_cli.legacy import legacy_functions
+from repbnn_cli.legacy import legacy_functions, old_names
 
 _CPU = torch.device("cpu")
 _LEGACY_TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -48,8 +48,8 @@ def is_foreign(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def foreign_code() -> Iterator[None]:
-    """Around code that was written for other machines and other times: CUDA may be missing, functions may be old."""
-    with cpu_only(), legacy_functions():
+    """Around code that was written for other machines and other times: CUDA may be missing, functions and names old."""
+    with cpu_only(), legacy_functions(), old_names():
         yield
 
 

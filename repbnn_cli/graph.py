@@ -73,7 +73,8 @@ def is_leaf(module: nn.Module) -> bool:
     if not children:
         return True
     own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
-    below = any(True for child in children for _ in child.parameters())
+    # A BatchNorm without affine parameters is a layer, too.
+    below = any(isinstance(m, nn.modules.batchnorm._BatchNorm) or m._parameters for c in children for m in c.modules())
     if not below:  # owns all parameters itself, or is a parameter-free helper
         return True
     kernels = {t.numel() for t in own if _kernel_like(t)}
@@ -116,11 +117,15 @@ def capture(
     )
 
     whole: list[str] = []
+    opened: list[str] = []
     attempts: list[str] = []
 
+    def opinion(path: str, module: nn.Module) -> bool | None:
+        return leaf(path, module) if leaf else None
+
     def policy(path: str, module: nn.Module) -> bool:
-        opinion = leaf(path, module) if leaf else None
-        return path in whole or is_leaf(module) if opinion is None else opinion
+        told = opinion(path, module)
+        return path in whole or (path not in opened and is_leaf(module)) if told is None else told
 
     with contextlib.nullcontext() if shapes_only else foreign_code():
         while True:
@@ -132,15 +137,32 @@ def capture(
                 attempts.append(f"{how}: {error}")
                 if error.module in whole or not _may_stay_whole(model, error.module):
                     final = _not_its_fault(model, examples, error)
-                    for attempt in attempts[:-1]:
+                    for attempt in attempts[:-1] if final is error else ():
                         final.add_note(f"tried before: {attempt}")
                     raise final from error
                 whole.append(error.module)
-    attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
+        attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
+        opened = [p for p, m in _of_several_layers(model, traced.graph).items() if opinion(p, m) is None]
+        if opened:
+            how = f"recorded, with {', '.join(opened)} traced into, whose convolutions are of different shapes"
+            try:
+                traced = _in_both_modes(model, examples, policy, shapes_only)
+                attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
+            except CaptureError as error:
+                attempts.append(f"{how}: {error}")
     calls = as_modules(traced.graph)
-    module = assemble(model, traced.graph, traced.tracer.leaf_paths, traced.constants, calls)
+    module = assemble(model, traced, calls)
     notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]
     return Network(module, tuple(tuple(e.shape) for e in examples), notes, tuple(attempts))
+
+
+def _of_several_layers(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """Modules kept whole that apply kernels of different shapes: blocks that hold the kernels of several layers."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and len({(c.kernel_shape, c.groups) for c in node.meta.get("convs", [])}) > 1:
+            found[str(node.target)] = model.get_submodule(str(node.target))
+    return {p: m for p, m in found.items() if not type(m).__module__.startswith("torch.nn.")}
 
 
 class TracingError(CaptureError):
@@ -226,24 +248,18 @@ def _for_both_modes(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPo
     )
 
 
-def assemble(
-    model: nn.Module,
-    graph: fx.Graph,
-    leaves: set[str],
-    constants: Mapping[str, Tensor] | None = None,
-    added: Mapping[str, nn.Module] | None = None,
-) -> fx.GraphModule:
+def assemble(model: nn.Module, traced: _Traced, added: Mapping[str, nn.Module]) -> fx.GraphModule:
     """A GraphModule over the model's whole module tree: same names in the same order, called or not.
 
     added: path → module without tensors that the graph calls besides.
     """
-    tree = _skeleton(model, "", leaves)
-    for path, module in (added or {}).items():
+    tree = _skeleton(model, "", traced.tracer)
+    for path, module in added.items():
         owner, _, name = path.rpartition(".")
         (tree.get_submodule(owner) if owner else tree).add_module(name, module)
-    for name, value in (constants or {}).items():
+    for name, value in traced.constants.items():
         tree.register_buffer(name, value, persistent=False)
-    return KeptGraphModule(tree, graph, class_name=type(model).__name__)
+    return KeptGraphModule(tree, traced.graph, class_name=type(model).__name__)
 
 
 class KeptGraphModule(fx.GraphModule):
@@ -267,7 +283,7 @@ class KeptGraphModule(fx.GraphModule):
         return copied
 
 
-def _skeleton(module: nn.Module, path: str, leaves: set[str]) -> nn.Module:
+def _skeleton(module: nn.Module, path: str, tracer: Tracer) -> nn.Module:
     bare = nn.Module()
     bare.training = module.training
     bare.__dict__["_parameters"] = dict(module._parameters)
@@ -278,10 +294,11 @@ def _skeleton(module: nn.Module, path: str, leaves: set[str]) -> nn.Module:
             bare.register_buffer(name, value, persistent=False)
     for name, child in module._modules.items():
         below = f"{path}.{name}" if path else name
-        if child is None or below in leaves or (not isinstance(child, _CONTAINERS) and is_leaf(child)):
+        never_called = below not in tracer.leaf_paths and below not in tracer.entered_paths
+        if child is None or below in tracer.leaf_paths or (never_called and is_leaf(child)):
             bare._modules[name] = child
         else:
-            bare._modules[name] = _skeleton(child, below, leaves)
+            bare._modules[name] = _skeleton(child, below, tracer)
     return bare
 
 

@@ -1,21 +1,55 @@
-"""Runs autograd functions written for torch before 1.3: `BinActive()(x)` with a forward that is no static method.
+"""Runs code of earlier years: autograd functions written for torch before 1.3, and names that have been dropped since.
 
-torch refuses them since version 1.5, and with them many early binary networks. Here each call becomes one of a function
-of the new kind with the same forward and backward; `self` in them is the context, with the attributes of the instance.
+`BinActive()(x)` with a forward that is no static method is refused by torch since version 1.5, and with it many early
+binary networks. Here each call becomes one of a function of the new kind with the same forward and backward; `self` in
+them is the context, with the attributes of the instance.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
+import math
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import Function
 
 _ATTRIBUTE = "_repbnn_static_function"
+# Dropped by Python 3.10, by NumPy 1.24 and by torch 2.0.
+_COLLECTIONS = {name: getattr(collections.abc, name) for name in collections.abc.__all__}
+_NUMPY = {"bool": bool, "int": int, "float": float, "complex": complex, "object": object, "str": str}
+_TORCH_SIX = {
+    "container_abcs": collections.abc, "string_classes": (str, bytes), "int_classes": int, "inf": math.inf,
+    "nan": math.nan, "PY3": True, "PY37": True,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def old_names() -> Iterator[None]:
+    """While active, `collections.Iterable`, `np.float`, `torch._six` and their kin are there again."""
+    given = [(collections, name, value) for name, value in _COLLECTIONS.items()]
+    given += [(np, name, value) for name, value in _NUMPY.items()]
+    missing = [(holder, name, value) for holder, name, value in given if name not in vars(holder)]
+    six = types.ModuleType("torch._six")
+    vars(six).update(_TORCH_SIX)
+    lacks_six = "torch._six" not in sys.modules
+    try:
+        for holder, name, value in missing:
+            setattr(holder, name, value)
+        if lacks_six:
+            sys.modules["torch._six"] = six
+        yield
+    finally:
+        for holder, name, _ in missing:
+            delattr(holder, name)
+        if lacks_six:
+            sys.modules.pop("torch._six", None)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from repbnn_cli.proxies import set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
-from repbnn_cli.walk import shape_text, subject_of
+from repbnn_cli.walk import Made, shape_text, subject_of
 
 __all__ = ["Rewriter", "subject_of"]
 
@@ -75,7 +75,14 @@ class Rewriter(ModuleWalk):
         return self._as_tiled(node)
 
     def _effect(self, node: fx.Node) -> None:
-        if self._expanded(node):
+        expanded = self._expanded(node)
+        if node.target is set_data and len(expanded) == 2:  # x.data = f(x): a straight-through estimator
+            x, value = expanded
+            want, tiled = self._map(x), self._as_tiled(x)
+            self._keep(node, self._copy(node, (tiled, self._reordered(value, want)), {}), want)
+            self._made[x] = Made(tiled, want)  # the only form that holds the new values
+            return
+        if expanded:
             self._refuse(node, f"{operator_name(node)} writes into an expanded tensor", "compute a new tensor instead")
         self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
 

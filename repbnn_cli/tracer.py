@@ -132,6 +132,7 @@ class Tracer(fx.Tracer):
         self.examples, self.leaf, self.shapes_only = examples, leaf, shapes_only
         self.values: dict[fx.Node, Any] = {}
         self.leaf_paths: set[str] = set()
+        self.entered_paths: set[str] = set()
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
         self.convolution_calls = False
@@ -148,8 +149,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         leaf = self.leaf(path, module)
-        if leaf:
-            self.leaf_paths.add(path)
+        (self.leaf_paths if leaf else self.entered_paths).add(path)
         return leaf
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:

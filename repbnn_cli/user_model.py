@@ -57,7 +57,10 @@ def build(
     if not name:
         known = f"; in this file: {', '.join(_public_names(file))}" if file else ""
         raise UsageError(f"{spec}: names no callable, {_EXPECTED}{known}")
-    folders = [str(Path.cwd())] if file is None else [str(file.parent), str(_package_root(file)), str(Path.cwd())]
+    folders = [str(Path.cwd())]
+    if file is not None:
+        root = _relative_root(file) if _imports_relatively(file) else _package_root(file)
+        folders = [str(file.parent), str(root), str(Path.cwd())]
     _forget_others(folders)
     before = set(sys.modules)
     with around or contextlib.nullcontext(), foreign_code(), _as_a_script(file, folders), findable(file) as above:
@@ -199,9 +202,8 @@ def _import_named(spec: str, name: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    package = file.parent
-    if (package / "__init__.py").exists() and _imports_relatively(file):
-        parts = file.relative_to(_package_root(file)).with_suffix("").parts
+    if _imports_relatively(file):  # a folder without __init__.py is a package, too, for those who import it from above
+        parts = file.relative_to(_relative_root(file)).with_suffix("").parts
         return importlib.import_module(".".join(parts))
     # Under its own name, so that the user's files find it when they import each other; never in place of a module
     # that Python or torch use.
@@ -232,9 +234,19 @@ def _package_root(file: Path) -> Path:
     return folder
 
 
-def _imports_relatively(file: Path) -> bool:
-    tree = ast.parse(file.read_bytes(), filename=str(file))
-    return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
+def _imports_relatively(file: Path) -> int:
+    """How many folders above the file its relative imports reach: 1 for `from . import x`, 0 where there are none."""
+    try:
+        tree = ast.parse(file.read_bytes(), filename=str(file))
+    except (SyntaxError, ValueError):  # said when it is imported
+        return 0
+    return max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
+
+
+def _relative_root(file: Path) -> Path:
+    """The folder from which a file with relative imports is imported: above its package, and above all it asks for."""
+    asked = file.parents[_imports_relatively(file)]
+    return min(asked, _package_root(file), key=lambda folder: len(folder.parts))
 
 
 @contextlib.contextmanager
@@ -330,7 +342,26 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]  # what torch.compile gives back
         else:
+            _without_stand_ins(model)
             return model
+
+
+def _without_stand_ins(model: nn.Module) -> None:
+    """Puts the module itself in the place of an object that only passes for it: `__class__` says so, its type does not.
+
+    Libraries that exchange implementations wrap their layers so. Such an object has none of a module's own attributes.
+    """
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            while child is not None and not issubclass(type(child), nn.Module):
+                held = [v for v in vars(child).values() if isinstance(v, nn.Module) and v.__class__ is child.__class__]
+                if len(held) != 1:
+                    raise CaptureError(
+                        f"{name} of {type(module).__name__} passes for a {child.__class__.__name__} but is a "
+                        f"{type(child).__name__}; replace it by the module itself in a function that --model names"
+                    )
+                child = held[0]
+            module._modules[name] = child
 
 
 def _nearest_file(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
             stuck = Check("merged-kernel identity", False, text, {"failed": [error.place]})
             return Certificate((carried, stuck))
         checks = [_graph(run), carried, _shapes(outputs), _costs(plan, rep, run), _identity(plan, run)]
+        if run.failed and _draws(network.module, inputs):
+            text = f"{checks[-1].summary}; the network draws random numbers in eval mode: make it deterministic there"
+            checks[-1] = replace(checks[-1], summary=text)
         if run.partial:
             checks.pop(0)
         if gradients or run.unseen or run.partial:
@@ -216,6 +219,16 @@ def _identity(plan: Plan, run: Lockstep) -> Check:
     values |= {"by_position": left_out}
     values |= {"failed": run.failed, "unseen": run.unseen}
     return Check("merged-kernel identity", not run.failed, text, values)
+
+
+def _draws(network: nn.Module, inputs: list[Tensor]) -> bool:
+    """Whether two runs on one input differ with the seed."""
+    outputs = []
+    for seed in (0, 1):
+        with unchanged(network):
+            torch.manual_seed(seed)
+            outputs.append(network(*inputs))
+    return difference(*outputs) != 0.0
 
 
 def _finite(value: float) -> float | None:

@@ -458,3 +458,9 @@ def test_one_attempt_is_enough_as_a_rule() -> None:
     attempts = graph.capture(Residual(), (3, 8, 8)).attempts
     assert len(attempts) == 1
     assert attempts[0].startswith("recorded, every block traced into: ")
+
+
+def test_a_network_that_does_not_run_is_no_matter_of_attempts() -> None:
+    with pytest.raises(CaptureError, match="the network itself does not run here") as caught:
+        graph.capture(nn.Sequential(nn.Sequential(nn.ReLU(), nn.MaxPool2d(7)), nn.Conv2d(3, 3, 9)), (3, 2, 2))
+    assert not getattr(caught.value, "__notes__", [])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from idiom_networks import Net, generic, transformed
 from torch import Tensor, nn
 
 from repbnn_cli.code_base import folders_above
+from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.legacy import legacy_functions
 from repbnn_cli.user_model import build
@@ -176,3 +179,26 @@ def test_a_folder_without_python_is_no_package(code_base: Path) -> None:
     (code_base / "models/cifar/net.py").write_text("import data\n")
     with pytest.raises(CaptureError, match="needs the module data"):
         build(f"{code_base}/models/cifar/net.py:make")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names that have been dropped
+
+
+def test_names_of_earlier_years_are_there_while_the_code_runs(tmp_path: Path) -> None:
+    file = tmp_path / "old_net.py"
+    file.write_text(
+        "import collections\nimport numpy as np\nfrom torch import nn\nfrom torch._six import container_abcs\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        assert isinstance([], collections.Iterable) and isinstance({}, container_abcs.Mapping)\n"
+        "        return super().forward(x) * np.float(2)\n"
+        "def make():\n    return Net(np.int(3.5), 2)\n"
+    )
+    model = build(f"{file}:make")
+    x = torch.ones(1, 3)
+    with running(model):
+        assert torch.equal(model(x), nn.Linear.forward(model, x) * 2)  # type: ignore[arg-type]
+    assert not hasattr(collections, "Iterable")
+    assert not {"int", "float"} & set(vars(np))
+    assert "torch._six" not in sys.modules

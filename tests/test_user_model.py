@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_files_beside_it_and_relative_imports(write: Callable[..., Path]) -> Non
     assert build(f"{relative}:net").in_features == 6
 
 
+def test_relative_imports_without_a_package(write: Callable[..., Path]) -> None:
+    write("SIZE = 7\n", "My-Nets/layers.py")
+    text = "from . import layers\nfrom torch import nn\ndef net(): return nn.Linear(layers.SIZE, 1)\n"
+    assert build(f"{write(text, 'My-Nets/net.py')}:net").in_features == 7
+    write("SIZE = 8\n", "top/layers.py")
+    text = "from ..layers import SIZE\nfrom torch import nn\ndef net(): return nn.Linear(SIZE, 1)\n"
+    assert build(f"{write(text, 'top/nets/net.py')}:net").in_features == 8
+
+
 def test_two_code_bases_with_modules_of_the_same_name(write: Callable[..., Path]) -> None:
     for size, folder in ((1, "one"), (2, "two")):
         write(f"SIZE = {size}\n", f"{folder}/modules.py")
@@ -168,6 +178,44 @@ def test_wrappers_come_off(write: Callable[..., Path]) -> None:
 
 
 # -- mistakes in the call ---------------------------------------------------------------------------------------------
+
+
+STAND_IN = """
+from torch import nn
+
+class Box:
+    def __init__(self, *held):
+        self.held = held[0]
+        if len(held) > 1:
+            self.other = held[1]
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["held"], name)  # KeyError on an object that copy made
+
+    def __call__(self, x):
+        return self.held(x)
+
+    @property
+    def __class__(self):
+        return self.held.__class__
+
+def net():
+    return nn.Sequential(Box(Box(nn.Linear(2, 3))), nn.Sequential(Box(nn.ReLU())))
+
+def two():
+    return nn.Sequential(Box(nn.Linear(2, 3), nn.Linear(2, 4)))
+"""
+
+
+def test_what_passes_for_a_module_gives_way_to_the_module(write: Callable[..., Path]) -> None:
+    file = write(STAND_IN)
+    model = build(f"{file}:net")
+    assert [type(m) for m in model.modules()] == [nn.Sequential, nn.Linear, nn.Sequential, nn.ReLU]
+    assert list(copy.deepcopy(model).state_dict()) == ["0.weight", "0.bias"]
+    with pytest.raises(
+        CaptureError, match="0 of Sequential passes for a Linear but is a Box; replace it by the module"
+    ):
+        build(f"{file}:two")
 
 
 def test_mistakes_in_the_name(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -347,3 +347,18 @@ def test_rounding_where_all_terms_cancel_is_no_failure(wrong: bool) -> None:
         rep.get_submodule("last").weight.data[0, 0] *= 1.02
         rep.get_submodule("conv").weight.data[0, 0] += 1e6
     assert verify(model, plan, rep, gradients=True).passed is not wrong
+
+
+class Drawn(Residual):
+    """Binarises at random, in eval mode as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_a_network_that_draws_in_eval_mode_is_told_so() -> None:
+    model = randomize(Drawn())
+    certificate = verify(model, *transformed(model), gradients=True)
+    assert failed(certificate)["merged-kernel identity"].summary.endswith(
+        "the network draws random numbers in eval mode: make it deterministic there"
+    )
