@@ -121,7 +121,7 @@ def _by_role(call: Call) -> Handler | None:
         return None
     if layer.role in CONVOLUTIONS:
         return convolution
-    if layer.role == "unknown":  # such a module may still convolve in a way that was seen
+    if layer.role in ("unknown", "weightless"):  # such a module may still convolve in a way that was seen
         return _seen_convolutions if call.node.meta.get("convs") else None
     return {"batch_norm": batch_norm, "per_channel": _per_channel}.get(layer.role)
 

@@ -22,7 +22,7 @@ from repbnn_cli.inherit import layout
 from repbnn_cli.probe import ConvFacts
 from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
-from repbnn_cli.static import static_nodes
+from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
@@ -84,11 +84,11 @@ def recognize(network: Network, declare: Declare | None = None) -> dict[str, Lay
         if node.op == "call_module" and node.target not in layers and node not in static:
             module = fetch(network.module, node.target)
             declared = declare(node.target, type_names(module)) if declare else None
-            layers[node.target] = _recognize(node, module, declared)
+            layers[node.target] = _recognize(network, node, module, declared)
     return layers
 
 
-def _recognize(node: fx.Node, module: nn.Module, declared: ModuleRule | None) -> Layer:
+def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: ModuleRule | None) -> Layer:
     path = str(node.target)
     if declared is not None and declared.role is not None:
         return _declared(node, module, declared)
@@ -96,6 +96,9 @@ def _recognize(node: fx.Node, module: nn.Module, declared: ModuleRule | None) ->
         return _own(path, module)
     convs: list[ConvFacts] = node.meta.get("convs", [])
     if isinstance(module, ConvolutionCall):
+        held = [fetch(network.module, str(n.target)) for n in roots(node.all_input_nodes[1])]
+        if convs[0].kernel_shape[:2] == (1, 1) and not any(isinstance(t, nn.Parameter) for t in held):
+            return Layer(path, "weightless", f"is a call of {module.kind} with a fixed filter for one channel")
         return _called(path, module, convs[0])
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and (
         type(module).__module__.startswith("torch.nn.") or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)

@@ -16,13 +16,19 @@ from repbnn_cli.tracer import fetch
 
 
 def static_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on no input of the network."""
+    """The nodes that depend on no input of the network, but for its dtype and device."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (node.op not in ("placeholder", "output") and inputs and found.issuperset(inputs)):
+        computed = node.op not in ("placeholder", "output") and inputs and found.issuperset(inputs)
+        if node.op == "get_attr" or computed or _is_kind(node):
             found.add(node)
     return found
+
+
+def _is_kind(node: fx.Node) -> bool:
+    """x.dtype, x.device: `torch.ones(1, 1, 3, 3, device=x.device)` is a constant."""
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def roots(node: fx.Node) -> list[fx.Node]:
@@ -33,7 +39,7 @@ def roots(node: fx.Node) -> list[fx.Node]:
         at = todo.pop()
         if at not in seen:
             seen[at] = None
-            todo += at.all_input_nodes
+            todo += () if _is_kind(at) else at.all_input_nodes
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     found = [n for n in seen if n.op == "get_attr" and isinstance(n.meta["value"], Tensor)]
     unique = {str(n.target): n for n in sorted(found, key=lambda n: order[n], reverse=True)}
@@ -53,6 +59,8 @@ def evaluate(module: nn.Module, node: fx.Node, replaced: Mapping[str, Tensor]) -
         return copies[target]
 
     def value_of(at: fx.Node) -> Any:
+        if _is_kind(at):
+            return at.meta["value"]
         if at not in values:
             args, kwargs = fx.map_arg((at.args, at.kwargs), value_of)
             if at.op == "get_attr":

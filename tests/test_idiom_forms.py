@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from idiom_networks import Conv, Net, Sign, generic, leaves, transformed
@@ -9,6 +12,244 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph, rules
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Binary layers as papers describe them
+
+
+class Layered(Net):
+    """`layer`, its BatchNorm and a bypass."""
+
+    def make(self) -> nn.Module:
+        raise TypeError
+
+    def build(self) -> None:
+        self.layer, self.bn = self.make(), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.layer(x)) + x
+
+
+class BasesInOneKernel(Layered):
+    """(M, O, I, k, k): M binary bases, each with a scale, summed into one kernel."""
+
+    def make(self) -> nn.Module:
+        class Bases(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(1, 8, 8, 3, 3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                w = self.weight - self.weight.mean((2, 3, 4), keepdim=True)
+                return F.conv2d(
+                    Sign.apply(x), (Sign.apply(w) * w.abs().mean((2, 3, 4), keepdim=True)).sum(0), padding=1
+                )
+
+        return Bases()
+
+
+class ScaleByPosition(Layered):
+    """XNOR-Net: the output times K, the input's mean magnitude around each position, and times α per filter."""
+
+    def make(self) -> nn.Module:
+        class XnorConv(nn.Conv2d):
+            def forward(self, x: Tensor) -> Tensor:
+                box = torch.full((1, 1, 3, 3), 1 / 9, dtype=x.dtype)
+                k = F.conv2d(x.abs().mean(1, keepdim=True), box, padding=1)
+                alpha = self.weight.abs().mean((1, 2, 3), keepdim=True)
+                return F.conv2d(Sign.apply(x), Sign.apply(self.weight) * alpha, padding=1) * k
+
+        return XnorConv(8, 8, 3, bias=False)
+
+
+class ScaleOfTheLayer(Layered):
+    """One scale for all filters, DoReFa's."""
+
+    def make(self) -> nn.Module:
+        class LayerScale(nn.Conv2d):
+            def forward(self, x: Tensor) -> Tensor:
+                w = self.weight
+                return self._conv_forward(Sign.apply(x), Sign.apply(w / w.abs().mean()) * w.abs().mean().detach(), None)
+
+        return LayerScale(8, 8, 3, padding=1, bias=False)
+
+
+class Grouped(Layered):
+    def make(self) -> nn.Module:
+        return Conv(8, 8, 3, padding=1, groups=2, bias=False)
+
+
+class Depthwise(Layered):
+    def build(self) -> None:
+        self.layer, self.bn = Conv(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.point, self.bn2 = Conv(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.bn(self.layer(x)) + x
+        return self.bn2(self.point(x)) + x
+
+
+class Parametrised(Layered):
+    """The sign is a parametrisation of the weight."""
+
+    def make(self) -> nn.Module:
+        class Binary(nn.Module):
+            def forward(self, weight: Tensor) -> Tensor:
+                return Sign.apply(weight)
+
+        layer = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        nn.utils.parametrize.register_parametrization(layer, "weight", Binary())
+        return nn.Sequential(nn.Hardtanh(), layer)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(Sign.apply(x), Sign.apply(self.weight), self.bias)
+
+
+class BinaryLinear(Net):
+    def build(self) -> None:
+        self.hidden, self.bn = Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.hidden(self.bn0(self.stem(x)).mean((2, 3)))))
+
+
+LAYERS = {
+    BasesInOneKernel: "binary_conv", ScaleByPosition: "binary_conv", ScaleOfTheLayer: "binary_conv",
+    Grouped: "binary_conv", Depthwise: "depthwise_conv", Parametrised: "binary_conv", BinaryLinear: "binary_linear",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("beta", [2, 4])
+def test_binary_layers(kind: type[nn.Module], beta: int) -> None:
+    plan = transformed(kind, beta=beta)
+    path = {Parametrised: "layer.1", BinaryLinear: "hidden", ScaleByPosition: "layer.conv2d_call_1"}.get(kind, "layer")
+    assert plan.layers[path].role == LAYERS[kind]
+    assert plan.layers[path].weight_bits == 1
+    assert plan.edits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks and networks
+
+
+class Improvement(Net):
+    """MeliusNet: a dense block concatenates 8 channels, an improvement block adds to those alone."""
+
+    width = 16
+
+    def build(self) -> None:
+        self.bn1, self.dense = nn.BatchNorm2d(8), Conv(8, 8, 3, padding=1, bias=False)
+        self.bn2, self.improve = nn.BatchNorm2d(16), Conv(16, 8, 3, padding=1, bias=False)
+        self.last = nn.BatchNorm2d(16)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.cat((x, self.dense(self.bn1(x))), 1)
+        residual = self.improve(self.bn2(x))
+        x = torch.cat((x[:, :8], x[:, 8:] + residual), 1)
+        return F.relu(self.last(x))
+
+
+class Branches(Net):
+    """The sum of three branches, and of every second one in training as in eval mode."""
+
+    def build(self) -> None:
+        self.branches = nn.ModuleList(
+            nn.Sequential(Conv(8, 8, k, padding=k // 2, bias=False), nn.BatchNorm2d(8)) for k in (1, 3, 5)
+        )
+
+    def body(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches) + x + sum(b(x) for b in self.branches[::2])
+
+
+class Halves(Net):
+    """ShuffleNet: half of the channels are left alone, then shuffled."""
+
+    def build(self) -> None:
+        self.conv, self.bn = Conv(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = Conv(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        half = x.size(1) // 2
+        left, right = x[:, :half], x[:, half:]
+        x = torch.cat([left, self.bn(self.conv(right))], 1)
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.bn2(self.conv2(x)) + x
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Lambdas(Net):
+    """Functions kept in modules, a bypass that pads channels, a flatten inside the Sequential."""
+
+    def build(self) -> None:
+        self.conv, self.bn = Conv(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.shortcut = Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0))
+        self.head = nn.Sequential(Lambda(F.hardtanh), nn.AvgPool2d(4), Lambda(lambda x: x.view(x.size(0), -1)))
+        self.classify = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x))
+        return self.classify(self.head(self.bn(self.conv(x)) + self.shortcut(x)))
+
+
+class BypassByShape(Net):
+    """The bypass is chosen, and its channels are doubled, by comparing shapes."""
+
+    width = 16
+
+    def build(self) -> None:
+        self.convs = nn.ModuleList(
+            [Conv(8, 8, 3, padding=1, bias=False), Conv(8, 16, 3, stride=2, padding=1, bias=False)]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(16)])
+
+    def body(self, x: Tensor) -> Tensor:
+        for convolution, norm in zip(self.convs, self.norms, strict=True):
+            y = norm(convolution(x))
+            if y.shape[-1] != x.shape[-1]:
+                x = F.avg_pool2d(x, 2)
+            while x.size(1) < y.size(1):
+                x = torch.cat([x, x], 1)
+            x = x + y
+        return x
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    features: tuple[Tensor, Tensor]
+
+
+class DataclassOutput(Net):
+    def build(self) -> None:
+        self.conv, self.bn = Conv(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.side = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        x = self.bn0(self.stem(x))
+        y = (self.bn(self.conv(x)) + x).mean((2, 3))
+        return Output(logits=self.fc(y), features=(self.side(y), self.side(y) * 2))
+
+
+@pytest.mark.parametrize("kind", [Improvement, Branches, Halves, Lambdas, BypassByShape, DataclassOutput])
+@pytest.mark.parametrize("beta", [2, 4])
+def test_networks(kind: type[nn.Module], beta: int) -> None:
+    plan = transformed(kind, beta=beta)
+    binary = [path for path, layer in plan.layers.items() if layer.binary]
+    assert binary
+    assert {e.path for e in plan.edits if e.action == "rep_conv"} >= set(binary)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks that hold kernels themselves
