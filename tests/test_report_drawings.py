@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, pairwise
 
-import numpy as np
 import pytest
-import torch
 from drawings import Shape, axis, measured, overlap, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import images, planned, randomize
-from PIL import Image
+from networks import planned
 
-from repbnn_cli import anatomy, shapes, surgery, tensor_stats, zoo
+from repbnn_cli import anatomy, shapes, surgery, zoo
 from repbnn_cli.anatomy import Block, Operation
 from repbnn_cli.number_text import compact, exact
 from repbnn_cli.plan import Plan
 from repbnn_cli.report import Plot, charts, diagram, svg
-from repbnn_cli.report.montage import montage
 
 NAMES = st.text(st.sampled_from("abmwW.01_-/<>&\"'| β×中😀\x07"), max_size=120)
 COUNTS = st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 10**13))
@@ -253,6 +249,17 @@ def test_text_that_fits_stays() -> None:
 # The graph
 
 
+def test_a_name_loses_only_what_has_no_room() -> None:
+    def named(name: str) -> list[str]:
+        first, _, last = name.partition(" … ")
+        made = [Operation(f"o{i}", label, "", "function", "", (), None, ()) for i, label in enumerate((first, last))]
+        return [s.words for s in read(diagram.overview("network", "", [Block("", tuple(made))])) if "bold" in s.css]
+
+    assert "input … hardtanh" in named("input … hardtanh")
+    (cut,) = named("adaptive_avg_pool2d … linear")[1:]
+    assert re.fullmatch(r"ada.*… linear", cut)
+
+
 @cache
 def parts_of(name: str) -> tuple[Plan, tuple[Block, ...]]:
     plan = planned(zoo.build(name).eval(), zoo.ARCHS[name].input_shape)
@@ -349,48 +356,3 @@ def test_a_flat_network_counts_its_hundreds() -> None:
     counts = [s for s in found if s.words == "140"]
     assert len(counts) == 5
     assert all(box.box[0] < s.box[0] and s.box[2] < box.box[2] for s in counts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Feature maps
-
-
-@pytest.mark.parametrize("beta", [2, 4])
-def test_the_montage_shows_what_a_hook_sees(beta: int) -> None:
-    torch.manual_seed(0)
-    source = randomize(zoo.build("irnet_resnet20"))
-    plan = planned(source, (3, 32, 32), beta=beta)
-    rep = surgery.apply(plan).eval()
-    batch = images(2, 32)
-    shown = tensor_stats.feature_maps(plan, rep, batch, "layer2.0.conv1", channels=5)
-    before, after = (seen_at(module, "layer2.0.bn1", batch) for module in (source, rep))
-    assert after.shape[1] == beta * before.shape[1]
-    for n, maps in enumerate(shown):
-        picture = montage(maps, n, len(shown))
-        pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
-        assert pixels.shape == (picture.height, picture.width, 3)
-        for c in range(5):
-            column = [before[n, c], *(after[n, j] for j in range(c, after.shape[1], before.shape[1]))]
-            assert len(column) == 1 + beta
-            for row, tensor in enumerate(column):
-                panel = pixels[6 + 78 * row : 78 + 78 * row, 84 + 78 * c : 156 + 78 * c]
-                assert np.ptp(panel, axis=2).max() == 0
-                centres = [math.floor((i + 0.5) * 72 / len(tensor)) for i in range(len(tensor))]
-                assert np.abs(panel[np.ix_(centres, centres)][..., 0] - greys(tensor)).max() <= 1, (n, c, row)
-                assert set(panel.ravel()) == set(panel[np.ix_(centres, centres)].ravel())
-    assert f"its {beta} copies" in picture.description
-
-
-def seen_at(module: torch.nn.Module, path: str, batch: torch.Tensor) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    hook = module.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append(out))
-    with torch.no_grad():
-        module(batch)
-    hook.remove()
-    return seen[0]
-
-
-def greys(values: torch.Tensor) -> np.ndarray:
-    """0 is the smallest value, 255 the largest."""
-    found = values.double().numpy()
-    return 255 * (found - found.min()) / (found.max() - found.min())

@@ -207,6 +207,7 @@ def test_a_folder_of_runs_is_reported_in_every_format(folders: Path, tmp_path: P
     found = json.loads(Path("r.json").read_text())["runs"]
     assert [r["path"] for r in found] == ["done", "stopped", "two"]
     assert found[0]["rows"] == metrics(done)
+    assert Path("r.md").read_text().startswith("# RepBNN report: 3 training runs\n")
     for name in ("done", "stopped", "two"):
         assert f"| `{name}` |" in Path("r.md").read_text()
         assert f"<code>{name}</code>" in Path("r.html").read_text()

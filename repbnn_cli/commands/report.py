@@ -49,7 +49,8 @@ def report(
     targets.check_output(output, force=force)
     path, records = _subject(target, run_folders)
     if path is None:
-        document = room.runs_document(records, records[0].path.name)
+        title = records[0].path.name if len(records) == 1 else f"{len(records)} training runs"
+        document = room.runs_document(records, title)
         plain: dict[str, Any] = {"runs": room.runs_as_list(records)}
     else:
         opened = result.open_result(path, model)

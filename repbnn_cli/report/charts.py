@@ -193,7 +193,7 @@ def lines(
     name: str, title: str, curves: Sequence[Line], *, across: str, unit: str = "",
     target: tuple[str, float] | None = None, low: float | None = None, high: float | None = None,
 ) -> Plot:  # fmt: skip
-    """Curves over one axis; target: a horizontal line with its name."""
+    """Curves over one axis; target: a horizontal line with its name, in a colour of its own."""
     bottom, right = 42, 14
     shown = [c for c in curves if c.points]
     xs = [px for c in shown for px, _ in c.points] or [0.0, 1.0]
@@ -201,9 +201,9 @@ def lines(
     y_low, y_high = rounded_range(min(ys), max(ys))
     y_low, y_high = y_low if low is None else low, y_high if high is None else high
     left = max(48.0, 14 + max(text_width(words, 10.5) for words in _tick_texts(ticks(y_low, y_high))))
-    colours = [one.colour or i % 6 + 1 for i, one in enumerate(shown)]
+    colours = [one.colour or i % 5 + 1 for i, one in enumerate(shown)]
     dashes = [
-        "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 6 % 4 if len(shown) > 6 else i % 4]
+        "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 5 % 4 if len(shown) > 5 else i % 4]
         for i, one in enumerate(shown)
     ]
     named = [(one.name, colour) for one, colour in zip(shown, colours, strict=True)]
@@ -222,7 +222,6 @@ def lines(
     parts.append(text(6, top - 10, unit, "soft small"))
     if target:
         parts.append(line(left, y(target[1]), NARROW - right, y(target[1]), "s6", width=1.5, dash="7 4"))
-        parts.append(text(NARROW - right, y(target[1]) - 5, target[0], "small halo", anchor="end"))
     drawn = []
     for one, colour, dash in zip(shown, colours, dashes, strict=True):
         pixels = [(x(px), y(min(max(py, y_low), y_high))) for px, py in one.points]
@@ -230,6 +229,8 @@ def lines(
         if len(pixels) <= 12:
             drawn[-1] += "".join(marker("circle", px, py, f"f{colour}", size=2.5) for px, py in pixels)
     parts += reversed(drawn)  # the dashed ones on top: a line that another one covers is still seen
+    if target:
+        parts.append(text(NARROW - right, y(target[1]) - 5, target[0], "small halo", anchor="end"))
     parts.append(legend)
     ends = "; ".join(f"{c.name} from {c.points[0][1]:.4g} to {c.points[-1][1]:.4g}" for c in shown)
     return Plot(name, title, f"{title} by {across}: {ends or 'no values yet'}.", NARROW, height, "".join(parts))

@@ -114,7 +114,7 @@ def _overview_box(block: Block, x: float, y: float, wide: float) -> str:
 def _fitted_name(name: str, room: float) -> str:
     """A block's name; of "first … last" the two are cut, not the gap between them."""
     first, gap, last = name.partition(" … ")
-    last = fitted(last, room / 2 - text_width(gap, 13), 13)
+    last = fitted(last, max(room / 2, room - text_width(first, 13)) - text_width(gap, 13), 13)
     return fitted(first, room - text_width(gap + last, 13), 13) + gap + last
 
 

@@ -1,0 +1,56 @@
+"""Feature maps in a report: the picture's pixels are the activations that hooks see in both networks."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from networks import images, planned, randomize
+from PIL import Image
+
+from repbnn_cli import surgery, tensor_stats, zoo
+from repbnn_cli.report.montage import montage
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+def test_the_montage_shows_what_a_hook_sees(beta: int) -> None:
+    torch.manual_seed(0)
+    source = randomize(zoo.build("irnet_resnet20"))
+    plan = planned(source, (3, 32, 32), beta=beta)
+    rep = surgery.apply(plan).eval()
+    batch = images(2, 32)
+    shown = tensor_stats.feature_maps(plan, rep, batch, "layer2.0.conv1", channels=5)
+    before, after = (seen_at(module, "layer2.0.bn1", batch) for module in (source, rep))
+    assert after.shape[1] == beta * before.shape[1]
+    for n, maps in enumerate(shown):
+        picture = montage(maps, n, len(shown))
+        pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
+        assert pixels.shape == (picture.height, picture.width, 3)
+        for c in range(5):
+            column = [before[n, c], *(after[n, j] for j in range(c, after.shape[1], before.shape[1]))]
+            assert len(column) == 1 + beta
+            for row, tensor in enumerate(column):
+                panel = pixels[6 + 78 * row : 78 + 78 * row, 84 + 78 * c : 156 + 78 * c]
+                assert np.ptp(panel, axis=2).max() == 0
+                centres = [math.floor((i + 0.5) * 72 / len(tensor)) for i in range(len(tensor))]
+                assert np.abs(panel[np.ix_(centres, centres)][..., 0] - greys(tensor)).max() <= 1, (n, c, row)
+                assert set(panel.ravel()) == set(panel[np.ix_(centres, centres)].ravel())
+    assert f"its {beta} copies" in picture.description
+
+
+def seen_at(module: torch.nn.Module, path: str, batch: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    hook = module.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():
+        module(batch)
+    hook.remove()
+    return seen[0]
+
+
+def greys(values: torch.Tensor) -> np.ndarray:
+    """0 is the smallest value, 255 the largest."""
+    found = values.double().numpy()
+    return 255 * (found - found.min()) / (found.max() - found.min())
