@@ -22,10 +22,10 @@ def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
     )
     curves = [
         charts.Line(name, tuple((float(i), 100 * values[side]) for i, values in enumerate(fit.values(), 1)), style)
-        for side, (name, style) in enumerate((("as transformed", charts.BEFORE), ("fitted", charts.AFTER)))
+        for side, (name, style) in enumerate((("kernels as transformed", charts.BEFORE), ("fitted", charts.AFTER)))
     ]
     across, unit = "convolution, in order of the forward", "% of the variance"
     yield Figures([charts.lines("fit", "Missed of the source", curves, across=across, unit=unit, low=0)])
     rows = [(Code(path), f"{100 * before:.2f}", f"{100 * after:.2f}") for path, (before, after) in fit.items()]
-    table = Table(("layer", "as transformed %", "fitted %"), rows, left=1, sortable=True)
+    table = Table(("layer", "kernels as transformed %", "fitted %"), rows, left=1, sortable=True)
     yield Folded("Missed of the source, layer by layer", [table])

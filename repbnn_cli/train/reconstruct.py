@@ -48,7 +48,10 @@ Chunks = list[Any]  # the values of a node, one per batch of images
 
 @dataclass(frozen=True)
 class Fitted:
-    """One convolution: the share of the target's variance that its unit missed before and after, on the images used."""
+    """One convolution: the share of the target's variance that its unit missed, on the images used.
+
+    before: with the kernel as it was, its BatchNorm by least squares; after: fitted.
+    """
 
     path: str
     before: float
