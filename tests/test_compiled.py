@@ -111,3 +111,16 @@ def test_compiled_gradients_are_the_eager_ones_in_float64() -> None:
         eager, other = found
         for name, gradient in eager.items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_an_evaluation_is_compiled_for_batches_of_one_size() -> None:
+    network = tiny().eval()
+    images = torch.randn(6, 3, 8, 8)
+    found = compiled.inference_of(network, "on", images, 6)
+    assert found.note == "network compiled by torch.compile"
+    with torch.no_grad():
+        torch.testing.assert_close(found.call(images), network(images))
+        assert torch.equal(found.call(images[:5]), network(images[:5]))
+    assert not network.training
+    too_few = compiled.inference_of(network, "auto", images, 6)
+    assert too_few.note == "network not compiled: the run is too short to repay it; --compile on does it all the same"

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repbnn_cli import cli
+from repbnn_cli import binary_conv, cli
 from repbnn_cli.binary_conv import IRConv2d, ReCUConv2d, SignConv2d, signs_convolved_by
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import int8_conv2d
 from repbnn_cli.kernels.int8_conv2d import sign_conv2d
 from repbnn_cli.train import backends
+
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
 
 pytestmark = pytest.mark.skipif(not int8_conv2d.available(), reason="this PyTorch has no 8-bit convolution here")
 
@@ -168,3 +170,44 @@ def test_a_computer_without_the_operator_trains_on_torch(monkeypatch: pytest.Mon
     assert backends.choose(torch.device("cpu")).name == "torch"
     with pytest.raises(UsageError, match=r"--backend int8: this PyTorch lacks it on this computer"):
         backends.choose(torch.device("cpu"), "int8")
+
+
+@pytest.mark.parametrize("kind", ["FracConv2d", "GatedConv2d", "IRConv2d", "RBNNConv2d", "ReCUConv2d", "SignConv2d"])
+def test_kernels_laid_out_once_give_what_they_give_laid_out_each_time(kind: str) -> None:
+    """Also for images of another size than the first ones; afterwards the network is what it was."""
+    torch.manual_seed(0)
+    layer = getattr(binary_conv, kind)(8, 6, 3, stride=2, padding=1).eval()
+    network = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(6)).eval()
+    with torch.no_grad():
+        for size in (9, 12):
+            x = torch.randn(3, 8, size, size)
+            plain = network(x)
+            with signs_convolved_by(network, sign_conv2d):
+                each = network(x)
+            with backends.evaluating_in_8_bits(network):
+                assert torch.equal(network(x), each)
+                assert torch.equal(network(x[:, :, :7, :7]), network(x[:, :, :7, :7].contiguous()))
+            torch.testing.assert_close(each, plain, rtol=1e-5, atol=1e-5)
+            assert torch.equal(network(x), plain)
+    assert "binary_weight" not in layer.__dict__
+    assert int8_conv2d._held == {}
+
+
+def test_held_kernels_keep_the_rules_of_torch_operators() -> None:
+    levels = (drawn((2, 6, 7, 5), 0, zeros=True) + 1).to(torch.uint8)
+    kernel = drawn((4, 6, 3, 3), 1, zeros=False)
+    with int8_conv2d.held(kernel, (2, 1), (1, 0)):
+        number = next(iter(int8_conv2d._held))
+        arguments = (levels, number, [4, 3, 3], [2, 1], [1, 0])
+        torch.library.opcheck(torch.ops.repbnn.int8_conv2d_held.default, arguments)
+
+
+def test_evaluate_in_8_bits_finds_the_same_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    found = []
+    for more in ([], ["--backend", "int8"]):
+        assert cli.run(["evaluate", str(CHECKPOINT), "--data", "digits", "--device", "cpu", "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[1]["backend"]["name"] == "int8"
+    assert found[1]["top1"] == pytest.approx(found[0]["top1"], abs=0.5)
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-2)

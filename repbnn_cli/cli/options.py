@@ -44,6 +44,9 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a
 Backend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, triton (fused blocks), or auto.")
 ]
+EvaluationBackend = Annotated[
+    str, typer.Option("--backend", help="Kernels of binary convolutions: torch, int8 (CPU), triton (fused), or auto.")
+]
 TrainingBackend = Annotated[
     str, typer.Option("--backend", help="What runs binary convolutions: torch, int8 (CPU, exact), triton, or auto.")
 ]

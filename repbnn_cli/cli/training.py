@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from repbnn_cli.cli.options import Arch, Backend, Data, Device, Force, Json, Model, TrainingBackend, app, recipes_app
+from repbnn_cli.cli.options import (
+    Arch,
+    Data,
+    Device,
+    EvaluationBackend,
+    Force,
+    Json,
+    Model,
+    TrainingBackend,
+    app,
+    recipes_app,
+)
 
 
 @app.command()
@@ -177,7 +188,10 @@ def evaluate(
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
     device: Device = "auto",
-    backend: Backend = "auto",
+    backend: EvaluationBackend = "auto",
+    compile_mode: Annotated[
+        str, typer.Option("--compile", help="torch.compile: auto (where there are images enough), on, off.")
+    ] = "off",
     arch: Arch = None,
     model: Model = None,
     as_json: Json = False,
@@ -187,12 +201,21 @@ def evaluate(
     \b
     Examples:
     repbnn evaluate rep.repbnn.pt --data cifar10:DIR
+    repbnn evaluate reactnet.pth --data imagenet:DIR --backend int8 --compile on
     repbnn evaluate net.packed --data cifar10:DIR --device cuda --backend triton
     """
     from repbnn_cli.commands import training
 
     training.evaluate(
-        target, data=data, recipe=recipe, device=device, backend=backend, arch=arch, model=model, as_json=as_json
+        target,
+        data=data,
+        recipe=recipe,
+        device=device,
+        backend=backend,
+        compile_mode=compile_mode,
+        arch=arch,
+        model=model,
+        as_json=as_json,
     )
 
 

@@ -17,7 +17,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
-from repbnn_cli.train import backends, engine, feeds, measure, recipes, reconstruct
+from repbnn_cli.train import backends, compiled, engine, feeds, measure, recipes, reconstruct
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
 from repbnn_cli.train.ranks import joined
@@ -115,22 +115,24 @@ def _deliver(
 
 
 def evaluate(
-    target: str | None, *, data: str | None, recipe: str | None, device: str, backend: str, arch: str | None,
-    model: str | None, as_json: bool,
+    target: str | None, *, data: str | None, recipe: str | None, device: str, backend: str, compile_mode: str,
+    arch: str | None, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy and loss on the test images, on fused kernels where a backend that has them was chosen."""
     where = pupils.device_of(device)
-    chosen = choose(where, backend)
+    # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
+    chosen = backends.choose(where, backend) if backend == "int8" else choose(where, backend)
     pupil = pupils.load(target, arch=arch, model=model)
     if pupil.opened is None and target in registry.ARCHS:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
     dataset = pupils.dataset(data, pupil.origin)
     pupil.network.to(where)
-    fused = fuse(*pupil.captured(), chosen) if chosen.name != "torch" else None
+    fused = fuse(*pupil.captured(), chosen) if chosen.name == "triton" else None
     views.say(*kernel_views.backend_lines(chosen, fused))
     if fused is not None:
         pupil = replace(pupil, network=fused.counting())
-    found = _measured(pupil, pupils.recipe_of(pupil, recipe), dataset, where)
+    with backends.evaluating_in_8_bits(pupil.network) if chosen.name == "int8" else nullcontext():
+        found = _measured(pupil, pupils.recipe_of(pupil, recipe), dataset, where, compile_mode=compile_mode)
     if fused is not None:
         views.say(kernel_views.zero_line(fused))
     _show_evaluation(pupil.name, dataset, found, as_json=as_json, backend=kernel_views.plain_blocks(chosen, fused))
@@ -226,13 +228,18 @@ def recipes_check(name: str) -> None:
 
 
 def _measured(
-    pupil: Pupil, recipe: Recipe, dataset: Dataset | ImageFolders, device: torch.device
+    pupil: Pupil, recipe: Recipe, dataset: Dataset | ImageFolders, device: torch.device, *, compile_mode: str = "off"
 ) -> measure.Evaluation:
     header = recipe.header
     if isinstance(dataset, Dataset):
         header = header.model_copy(update={"augmentation": "none"})
     images = feeds.eval_images(dataset, header, device=device)
-    return measure.evaluate(pupil.network.to(device), images())
+    network = pupil.network.to(device).eval()
+    if compile_mode == "off":
+        return measure.evaluate(network, images())
+    forward = compiled.inference_of(network, compile_mode, next(iter(images()))[0], len(dataset.test))
+    views.say(forward.note)
+    return measure.evaluate(network, images(), forward=forward.call)
 
 
 def _show_evaluation(

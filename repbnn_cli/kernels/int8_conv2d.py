@@ -9,6 +9,9 @@ Shape letters: N samples, I and O channels, (H, W) and (H', W') images, (kh, kw)
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -19,28 +22,82 @@ from torch import Tensor
 Pair = tuple[int, int]
 
 
+class _Kernel:
+    """A kernel (O, I, kh, kw), 0 or ± one scale a filter, in the layout in which oneDNN wants it."""
+
+    def __init__(self, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
+        scale = kernel.abs().amax((1, 2, 3))
+        self.scale = torch.where(scale > 0, scale, 1)  # a filter of zeros
+        self.signs: Tensor | None = kernel.sign().to(torch.int8)
+        self.points = torch.zeros(len(scale), dtype=torch.int32)
+        self.geometry = (list(stride), list(padding), [1, 1])
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        """levels (N, I, H, W), uint8, sign + 1 → (N, O, H', W') float32."""
+        onednn = torch.ops.onednn
+        if self.signs is not None:  # the layout depends on the size of the images, which the first ones tell
+            shape = list(levels.shape)
+            self.packed = onednn.qconv_prepack(self.signs, self.scale, 1.0, 1, *self.geometry, 1, shape)
+            self.signs = None
+        result = onednn.qconv2d_pointwise(
+            levels.contiguous(memory_format=torch.channels_last), 1.0, 1, self.packed, self.scale, self.points, None,
+            *self.geometry, 1, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return cast(Tensor, result)
+
+
+def _result(levels: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """What a convolution gives, without its values; kernel: its (O, kh, kw)."""
+    filters, *extents = kernel
+    sides = zip(levels.shape[2:], extents, stride, padding, strict=True)
+    shape = (len(levels), filters, *((size + 2 * p - k) // s + 1 for size, k, s, p in sides))
+    return torch.empty(shape, device=levels.device).contiguous(memory_format=torch.channels_last)
+
+
 @torch.library.custom_op("repbnn::int8_conv2d", mutates_args=())
 def _int8_conv2d(levels: Tensor, kernel: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     """levels (N, I, H, W), uint8, sign + 1; kernel (O, I, kh, kw), 0 or ± a filter's scale → (N, O, H', W') float32."""
-    scale = kernel.abs().amax((1, 2, 3))
-    scale = torch.where(scale > 0, scale, 1)  # a filter of zeros
-    geometry = (stride, padding, [1, 1])
-    onednn = torch.ops.onednn
-    packed = onednn.qconv_prepack(kernel.sign().to(torch.int8), scale, 1.0, 1, *geometry, 1, list(levels.shape))
-    points = torch.zeros(len(scale), dtype=torch.int32)
-    result = onednn.qconv2d_pointwise(
-        levels.contiguous(memory_format=torch.channels_last), 1.0, 1, packed, scale, points, None, *geometry, 1,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-    return cast(Tensor, result)
+    return _Kernel(kernel, stride, padding)(levels)
 
 
 @_int8_conv2d.register_fake
 def _(levels: Tensor, kernel: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    n, _, *sizes = levels.shape
-    extents = zip(sizes, kernel.shape[2:], stride, padding, strict=True)
-    shape = (n, kernel.shape[0], *((size + 2 * p - k) // s + 1 for size, k, s, p in extents))
-    return torch.empty(shape, device=levels.device).contiguous(memory_format=torch.channels_last)
+    return _result(levels, (len(kernel), *kernel.shape[2:]), stride, padding)
+
+
+# Kernels that stay as they are, by number: an operator that torch.compile keeps whole takes no such object.
+_held: dict[int, _Kernel] = {}
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("repbnn::int8_conv2d_held", mutates_args=())
+def _int8_conv2d_held(
+    levels: Tensor, number: int, kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:  # fmt: skip
+    """levels (N, I, H, W), uint8, sign + 1; number: of a kernel that is held, (O, kh, kw) → (N, O, H', W') float32."""
+    return _held[number](levels)
+
+
+@_int8_conv2d_held.register_fake
+def _(levels: Tensor, number: int, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    return _result(levels, kernel, stride, padding)
+
+
+@contextmanager
+def held(kernel: Tensor, stride: Pair, padding: Pair) -> Iterator[Callable[..., Tensor]]:
+    """For inference: meanwhile `sign_conv2d` with this kernel, laid out once; a kernel that it is given is ignored."""
+    number = next(_numbers)
+    _held[number] = _Kernel(kernel.detach(), stride, padding)
+    sizes = [len(kernel), *kernel.shape[2:]]
+
+    def convolve(signs: Tensor, kernel: Tensor, stride: Pair, padding: Pair) -> Tensor:
+        levels = (signs + 1).to(torch.uint8)
+        return cast(Tensor, _int8_conv2d_held(levels, number, sizes, list(stride), list(padding)))
+
+    try:
+        yield convolve
+    finally:
+        del _held[number]
 
 
 class _SignConv2d(torch.autograd.Function):

@@ -13,7 +13,7 @@ convolutions, the plain BatchNorms and the 2-bit part of a gated convolution.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -77,6 +77,23 @@ def running_on(network: nn.Module, backend: str, ranks: Ranks, gradients: str = 
     finally:
         for norm in norms:
             norm.by_batch = None
+
+
+@contextmanager
+def evaluating_in_8_bits(network: nn.Module) -> Iterator[None]:
+    """For inference on a CPU: meanwhile the binary convolutions apply kernels that are binarised and laid out once."""
+    with ExitStack() as stack:
+        for conv in [m for m in network.modules() if isinstance(m, BinaryConv2d)]:
+            kernel = conv.binary_weight().detach()
+            stack.callback(conv.__dict__.pop, "binary_weight")
+            conv.__dict__["binary_weight"] = partial(_same, kernel)
+            convolve = stack.enter_context(int8_conv2d.held(kernel, conv.stride, conv.padding))
+            stack.enter_context(signs_convolved_by(conv, convolve))
+        yield
+
+
+def _same(kernel: Tensor) -> Tensor:
+    return kernel
 
 
 def repeating_norms(network: nn.Module, ranks: Ranks) -> list[RepBatchNorm2d]:

@@ -1,4 +1,4 @@
-"""torch.compile for the network of a training step: where it pays, and whether it works, which is tried before a run.
+"""torch.compile for the network of a training step, or of an evaluation: where it pays, and whether it works.
 
 Compiled, a sign with its estimator, a BatchNorm and an activation are one pass over memory instead of ten, forward and
 backward. Compiling takes a minute on a CPU, so short runs do without it. Whether a run is compiled is a function of its
@@ -8,7 +8,7 @@ arguments alone: a resumed run decides as it did at its beginning, and ends with
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ TALK = "BatchNorms of several processes talk to each other within the forward"
 
 @dataclass(frozen=True)
 class Forward:
-    """What a training step calls for the network's output. note: for the user, whether it is compiled and why not."""
+    """What to call for the network's output. note: for the user, whether it is compiled and why not."""
 
     call: Callable[[Tensor], object]
     compiled: bool
@@ -37,25 +37,42 @@ class Forward:
 
 
 def forward_of(network: nn.Module, mode: str, feed: Feed, recipe: Recipe, processes: int = 1) -> Forward:
-    """The network, compiled if `mode` ("auto", "on", "off") and the run want it; the network is left as it was.
+    """Of a training step, if `mode` ("auto", "on", "off") and the run want it; the network is left as it was.
 
     processes: how many compute a step together. Raises UsageError for "on" where it cannot be compiled.
     """
-    if mode not in MODES:
-        raise UsageError(f"--compile: unknown value '{mode}'; expected one of {', '.join(MODES)}")
     batch = recipe.header.batch
     epochs = sum(stage.length(len(feed.train)) for stage in recipe.stages)
-    images = feed.example[:1].expand(batch // recipe.stages[0].accumulate // processes, -1, -1, -1)
-    reason = _against(mode, images, epochs * len(feed.train) * batch, processes)
+    example = feed.example[:1].expand(batch // recipe.stages[0].accumulate // processes, -1, -1, -1)
+    images = epochs * len(feed.train) * batch
+    return _forward(network, mode, example, images, processes=processes, train=True)
+
+
+def inference_of(network: nn.Module, mode: str, example: Tensor, images: int) -> Forward:
+    """Of an evaluation of so many images, in batches like example; a batch of another size is not compiled for."""
+    found = _forward(network, mode, example, images, processes=1, train=False)
+    if not found.compiled:
+        return found
+    return replace(found, call=lambda x: found.call(x) if x.shape == example.shape else network(x))
+
+
+def _forward(
+    network: nn.Module, mode: str, example: Tensor, images: int, *, processes: int, train: bool
+) -> Forward:  # fmt: skip
+    if mode not in MODES:
+        raise UsageError(f"--compile: unknown value '{mode}'; expected one of {', '.join(MODES)}")
+    what = "training step" if train else "network"
+    reason = _against(mode, example, images, processes)
     if reason is None:
         # Shapes as they are: a step's never change but for the last batch of a folder, which compiles once more.
         compiled = torch.compile(network, dynamic=False)
-        reason = _failure(network, compiled, images.clone(memory_format=torch.preserve_format))
+        whole = example.clone(memory_format=torch.preserve_format)
+        reason = _failure(network, compiled, whole, train=train)
         if reason is None:
-            return Forward(compiled, True, "training step compiled by torch.compile")
+            return Forward(compiled, True, f"{what} compiled by torch.compile")
         if mode == "on":
             raise UsageError(f"--compile on: the network cannot be compiled here: {reason}; --compile off does without")
-    return Forward(network, False, f"training step not compiled: {reason}")
+    return Forward(network, False, f"{what} not compiled: {reason}")
 
 
 def _against(mode: str, example: Tensor, images: int, processes: int) -> str | None:
@@ -76,14 +93,19 @@ def _against(mode: str, example: Tensor, images: int, processes: int) -> str | N
     return None
 
 
-def _failure(network: nn.Module, compiled: Callable[[Tensor], object], example: Tensor) -> str | None:
-    """Why one forward and backward of `compiled` fail, in a line, or None; leaves no trace on the network."""
+def _failure(
+    network: nn.Module, compiled: Callable[[Tensor], object], example: Tensor, *, train: bool
+) -> str | None:  # fmt: skip
+    """Why a forward of `compiled` (train: and a backward) fails, in a line, or None; leaves no trace on the network."""
     buffers = [tensor.clone() for tensor in network.buffers()]
     training = network.training
     with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
         try:
-            network.train()
-            logits_of(compiled(example)).square().mean().backward()
+            network.train(train)
+            with torch.set_grad_enabled(train):
+                logits = logits_of(compiled(example))
+            if train:
+                logits.square().mean().backward()
         except Exception as error:  # whatever a compiler may raise: it is said, and the run goes on without
             if not memory.ran_out(error):  # the first step will meet that, too, and knows what to say
                 text = str(error).strip()
