@@ -12,7 +12,8 @@ from repbnn_cli.profiler import Change
 
 def exact(value: int | float) -> str:
     """1,070,336; one decimal only where a value is not whole."""
-    return f"{int(value):,}" if isinstance(value, int) or value.is_integer() else f"{value:,.1f}"
+    tenths = round(value, 1)
+    return f"{int(tenths):,}" if float(tenths).is_integer() else f"{tenths:,.1f}"
 
 
 def compact(value: int | float) -> str:
