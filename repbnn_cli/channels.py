@@ -9,18 +9,16 @@ of the source network in its place. Four forms of a tensor occur:
 * `Folded`: (N, β·C, ...) viewed as (N·β, C, ...). An operation without parameters then sees the source's shapes and
   acts on each replica alone, whatever it does to channels: padding, slicing, shuffling, views with constant sizes.
 
-Operators that are in none of the tables below are tested (`commutes`, `acts_per_sample`); what fails is refused.
+Operators that are in none of the tables below are tested (`trials`); what fails is refused.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.tracer import FunctionCall
@@ -237,41 +235,3 @@ def adds_trailing_ones(before: Tensor, after: Tensor) -> bool:
         and all(n == 1 for n in long.shape[short.ndim :])
         and long.ndim > short.ndim
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tests for what is in no table: run on random numbers, decide by equality
-
-
-def commutes(call: Callable[..., Any], inputs: list[Any]) -> bool:
-    """Whether call(x[:, i]) == call(x)[:, i]: it treats every channel alone and alike, in its way of one to one."""
-    tensors = [v for v in inputs if isinstance(v, Tensor)]
-    if not tensors or any(t.ndim < 2 or t.shape[1] != tensors[0].shape[1] for t in tensors):
-        return False
-    channels = tensors[0].shape[1]
-    index = torch.cat([torch.arange(channels), torch.arange(channels).flip(0)])
-    with torch.no_grad():
-        full = call(*inputs)
-        if not isinstance(full, Tensor) or full.ndim < 2 or full.shape[1] != channels:
-            return False
-        picked = call(*[v[:, index] if isinstance(v, Tensor) else v for v in inputs])
-    return picked.shape == full[:, index].shape and torch.equal(picked, full[:, index])
-
-
-def acts_per_sample(call: Callable[..., Any], inputs: list[Any]) -> bool:
-    """Whether call treats every sample alone: then replicas can be given to it as samples."""
-    others = [v * 0.5 if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs]
-    with torch.no_grad():
-        one, other = call(*inputs), call(*others)
-        pairs = zip(inputs, others, strict=True)
-        both = call(*[torch.cat([v, w]) if isinstance(v, Tensor) else v for v, w in pairs])
-    if isinstance(both, tuple | list):
-        return bool(both) and len(one) == len(both) and all(map(_is_one_after_other, both, one, other))
-    return _is_one_after_other(both, one, other)
-
-
-def _is_one_after_other(both: Any, one: Any, other: Any) -> bool:
-    if not all(isinstance(v, Tensor) and v.ndim > 0 for v in (both, one, other)):
-        return False
-    wanted = torch.cat([one, other])
-    return both.shape == wanted.shape and torch.allclose(both, wanted, rtol=1e-5, atol=1e-6)

@@ -24,6 +24,7 @@ from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
+from repbnn_cli.trials import example_inputs, first_tensor, is_read, mixes_channels, module_acts_per_sample
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 Declare = Callable[[str, tuple[str, ...]], ModuleRule | None]
@@ -38,6 +39,7 @@ class Layer:
     same_tensors: further tensors shaped like the kernel (a binarised copy, say), treated like it.
     attributes: cached Python numbers, name → what they hold, as declared.
     called: a convolution that a forward calls as a function; its kernel is computed from parameters held elsewhere.
+    per_replica: looks at all channels of a sample at once (a norm over channels): each replica is given to it alone.
     """
 
     path: str
@@ -54,6 +56,7 @@ class Layer:
     attributes: Mapping[str, str] = field(default_factory=dict)
     convolutions: int = 1
     called: bool = False
+    per_replica: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -231,7 +234,7 @@ def _axes(
 ) -> dict[str, tuple[str | None, int]]:
     """For each tensor beside the kernel: "out", "in", "none" or None (cannot be told), and the axis it is about."""
     # Only the first argument has channels; others may be thresholds or modes.
-    given = _example_inputs(node, next(iter(tensors.values())))
+    given = example_inputs(node, next(iter(tensors.values())))
 
     def probe(training: bool | None) -> Probe:
         def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
@@ -242,7 +245,7 @@ def _axes(
                     module.train(training)
                 for name, value in replaced.items():
                     fetch(module, name).data = value
-                return _first_tensor(module(x, *given[1:]))
+                return first_tensor(module(x, *given[1:]))
 
         return Probe(run, tensors, kernels, conv.kernel_shape, conv.groups)
 
@@ -251,50 +254,9 @@ def _axes(
     for name, (side, axis) in found.items():
         if side is None:  # without effect in this mode, it may have one in the other
             found[name] = probe(not module.training).place(name, linear=linear)
-            if found[name][0] is None and not _is_read(module, name, given):
+            if found[name][0] is None and not is_read(module, name, given):
                 found[name] = "out", axis  # any answer is right; it changes with the filters
     return found
-
-
-def _is_read(module: nn.Module, path: str, inputs: list[Any]) -> bool:
-    """Whether a forward, in training or in eval mode, asks its module for a tensor."""
-    owner_path, _, name = path.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    original, read = nn.Module.__getattr__, False
-
-    def lookup(asked: nn.Module, attribute: str) -> Any:
-        nonlocal read
-        read = read or (asked is owner and attribute == name)
-        return original(asked, attribute)
-
-    nn.Module.__getattr__ = lookup  # type: ignore[method-assign]
-    try:
-        for training in (True, False):
-            with unchanged(module), torch.no_grad():
-                module.train(training)(*inputs)
-    except Exception:  # somebody else's code on random numbers
-        return True
-    finally:
-        nn.Module.__getattr__ = original  # type: ignore[method-assign]
-    return read
-
-
-def _example_inputs(node: fx.Node, like: Tensor) -> list[Any]:
-    generator = torch.Generator(device=like.device).manual_seed(0)
-
-    def example(arg: Any) -> Any:
-        value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
-        if not isinstance(value, Tensor):
-            return value
-        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=like.device)
-
-    return [example(a) for a in node.args]
-
-
-def _first_tensor(value: Any) -> Tensor:
-    while not isinstance(value, Tensor):
-        value = value[0]
-    return value
 
 
 def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -> Layer:
@@ -309,6 +271,13 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
     if wrong or mixes:
         why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
         return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
+    if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, next(iter(tensors.values()))):
+        if not module_acts_per_sample(node, module, next(iter(tensors.values()))):
+            why = "mixes channels, and samples, in a way that is not known"
+            return Layer(path, "unknown", f"{name} {why}; declare what it is (`modules:`) in a rule file")
+        return Layer(
+            path, "per_channel", f"{name} mixes {channels} channels of each sample by itself", per_replica=True
+        )
     return Layer(
         path,
         "per_channel",

@@ -195,6 +195,11 @@ class ModuleWalk(OperatorWalk):
         if isinstance(module, nn.GroupNorm):
             self._group_norm(node, layer, rule)
             return
+        if layer.per_replica:
+            size = shape_text((node.meta["value"].shape[1],))
+            self._edit(layer, rule, "per_replica", size, size, channels=None)
+            self._fold(node)
+            return
         if isinstance(module, nn.LayerNorm):  # over the channels of one replica, wherever they stand
             size = shape_text(tuple(module.normalized_shape))
             self._edit(layer, rule, "per_replica", size, size, channels=None)

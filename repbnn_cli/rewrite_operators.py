@@ -14,9 +14,7 @@ from repbnn_cli.channels import (
     Compact,
     Folded,
     Tiled,
-    acts_per_sample,
     adds_trailing_ones,
-    commutes,
     concatenated,
     flattened,
     is_flatten,
@@ -27,10 +25,12 @@ from repbnn_cli.channels import (
 )
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Recipe, Tile
+from repbnn_cli.probe import CALLED_CONVOLUTIONS
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
+from repbnn_cli.trials import acts_per_sample, commutes
 from repbnn_cli.walk import Walk, shape_text, subject_of
 
 
@@ -114,6 +114,11 @@ class OperatorWalk(Walk):
         except Exception as error:  # the user's code on inputs it may not expect
             self._refuse(node, f"failed on a random input ({type(error).__name__}: {error})", "declare what it is")
         what = node.target if node.op == "call_module" else operator_name(node)
+        if node.target in CALLED_CONVOLUTIONS:
+            self._refuse(
+                node, f"{what} applies a kernel that is computed from the input; a RepConv is made from one kernel "
+                "for all inputs", "give this layer a kernel of its own",
+            )  # fmt: skip
         return self._refuse(
             node, f"{what} mixes channels in a way that is not known", "write it with torch functions, or as a module "
             "whose role a rule file declares",

@@ -15,8 +15,6 @@ from repbnn_cli import verify
 from repbnn_cli.channels import (
     Compact,
     Tiled,
-    acts_per_sample,
-    commutes,
     concatenated,
     flattened,
     grouped,
@@ -24,6 +22,7 @@ from repbnn_cli.channels import (
     plain,
 )
 from repbnn_cli.errors import SurgeryError
+from repbnn_cli.trials import acts_per_sample, commutes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Maps

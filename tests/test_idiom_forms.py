@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from idiom_networks import Conv, Net, Sign, generic, leaves, transformed
+from idiom_networks import Conv, Net, Sign, generic, leaves, refusal, transformed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -348,6 +348,74 @@ def test_a_block_that_cannot_be_opened_stays_whole() -> None:
     network = graph.capture(generic(UncalledFallback()), (3, 8, 8))
     assert "cannot be captured" in network.attempts[1]
     assert any(n.op == "call_module" and n.target == "block" for n in network.graph.nodes)
+
+
+class MixedForEachSample(Net):
+    """Conditional convolution: each sample has its own kernel."""
+
+    def build(self) -> None:
+        self.experts, self.router = nn.Parameter(torch.randn(4, 8, 8, 3, 3)), nn.Linear(8, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        kernel = torch.einsum("ne,eoikl->noikl", self.router(x.mean((2, 3))).softmax(1), self.experts)
+        y = F.conv2d(Sign.apply(x).view(1, n * c, h, w), Sign.apply(kernel).flatten(0, 1), padding=1, groups=n)
+        return y.view(n, c, h, w) + x
+
+
+def test_a_kernel_for_each_sample_is_refused_by_name() -> None:
+    message = refusal(MixedForEachSample)
+    assert "conv2d applies a kernel that is computed from the input" in message
+    assert "test_idiom_forms.py:" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules with one value per channel that look at all channels
+
+
+class ChannelNorm(nn.Module):
+    """SSD's L2Norm: each position's channels have length one, times a learned scale per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), 20.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.view(1, -1, 1, 1) * x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+class NormOfTheChannels(Net):
+    def build(self) -> None:
+        self.conv, self.bn, self.norm = Conv(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), ChannelNorm()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.norm(self.bn(self.conv(x)) + x)
+
+
+class WholeBatchNorm(ChannelNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.view(1, -1, 1, 1) * x / x.norm()
+
+
+class NormOfTheBatch(NormOfTheChannels):
+    def build(self) -> None:
+        super().build()
+        self.norm = WholeBatchNorm()
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+def test_a_norm_over_channels_is_applied_to_each_replica(beta: int) -> None:
+    plan = transformed(NormOfTheChannels, beta=beta)
+    assert plan.layers["norm"].per_replica
+    assert [e.action for e in plan.edits if e.path == "norm"] == ["per_replica"]
+
+
+def test_a_norm_over_the_batch_is_refused_by_name() -> None:
+    message = refusal(NormOfTheBatch)
+    assert (
+        "(norm) node norm: no rule says what becomes of unknown (WholeBatchNorm mixes channels, and samples" in message
+    )
+    assert "declare what it is (`modules:`) in a rule file" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

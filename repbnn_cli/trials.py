@@ -1,0 +1,113 @@
+"""Runs a module of a captured graph on random numbers, to see what it does with them; leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.graph import unchanged
+
+
+def example_inputs(node: fx.Node, like: Tensor) -> list[Any]:
+    generator = torch.Generator(device=like.device).manual_seed(0)
+
+    def example(arg: Any) -> Any:
+        value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
+        if not isinstance(value, Tensor):
+            return value
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=like.device)
+
+    return [example(a) for a in node.args]
+
+
+def first_tensor(value: Any) -> Tensor:
+    while not isinstance(value, Tensor):
+        value = value[0]
+    return value
+
+
+def is_read(module: nn.Module, path: str, inputs: list[Any]) -> bool:
+    """Whether a forward, in training or in eval mode, asks its module for a tensor."""
+    owner_path, _, name = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    original, read = nn.Module.__getattr__, False
+
+    def lookup(asked: nn.Module, attribute: str) -> Any:
+        nonlocal read
+        read = read or (asked is owner and attribute == name)
+        return original(asked, attribute)
+
+    nn.Module.__getattr__ = lookup  # type: ignore[method-assign]
+    try:
+        for training in (True, False):
+            with unchanged(module), torch.no_grad():
+                module.train(training)(*inputs)
+    except Exception:  # somebody else's code on random numbers
+        return True
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+    return read
+
+
+def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor) -> bool:
+    """Whether a result's channels change when others of the input do."""
+    x, *others = example_inputs(node, like)
+    half = x.shape[1] // 2
+    changed = torch.cat([x[:, :half] * 0.5 - 0.1, x[:, half:]], 1)
+    results = []
+    for given in (x.clone(), changed):
+        with unchanged(module), torch.no_grad():
+            torch.manual_seed(0)
+            results.append(first_tensor(module(given, *others))[:, half:])
+    return not torch.equal(*results)
+
+
+def module_acts_per_sample(node: fx.Node, module: nn.Module, like: Tensor) -> bool:
+    """In training as in eval mode."""
+
+    def call(training: bool) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            with unchanged(module):
+                return module.train(training)(*inputs)
+
+        return run
+
+    inputs = example_inputs(node, like)
+    return all(acts_per_sample(call(training), inputs) for training in (True, False))
+
+
+def commutes(call: Callable[..., Any], inputs: list[Any]) -> bool:
+    """Whether call(x[:, i]) == call(x)[:, i]: it treats every channel alone and alike, in its way of one to one."""
+    tensors = [v for v in inputs if isinstance(v, Tensor)]
+    if not tensors or any(t.ndim < 2 or t.shape[1] != tensors[0].shape[1] for t in tensors):
+        return False
+    channels = tensors[0].shape[1]
+    index = torch.cat([torch.arange(channels), torch.arange(channels).flip(0)])
+    with torch.no_grad():
+        full = call(*inputs)
+        if not isinstance(full, Tensor) or full.ndim < 2 or full.shape[1] != channels:
+            return False
+        picked = call(*[v[:, index] if isinstance(v, Tensor) else v for v in inputs])
+    return picked.shape == full[:, index].shape and torch.equal(picked, full[:, index])
+
+
+def acts_per_sample(call: Callable[..., Any], inputs: list[Any]) -> bool:
+    """Whether call treats every sample alone: then replicas can be given to it as samples."""
+    others = [v * 0.5 if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs]
+    with torch.no_grad():
+        one, other = call(*inputs), call(*others)
+        pairs = zip(inputs, others, strict=True)
+        both = call(*[torch.cat([v, w]) if isinstance(v, Tensor) else v for v, w in pairs])
+    if isinstance(both, tuple | list):
+        return bool(both) and len(one) == len(both) and all(map(_is_one_after_other, both, one, other))
+    return _is_one_after_other(both, one, other)
+
+
+def _is_one_after_other(both: Any, one: Any, other: Any) -> bool:
+    if not all(isinstance(v, Tensor) and v.ndim > 0 for v in (both, one, other)):
+        return False
+    wanted = torch.cat([one, other])
+    return both.shape == wanted.shape and torch.allclose(both, wanted, rtol=1e-5, atol=1e-6)
