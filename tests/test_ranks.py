@@ -23,7 +23,7 @@ def torchrun(folder: Path, task: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, rank_examples.__file__, str(folder), task], env=environment, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+                          text=True, timeout=600)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
