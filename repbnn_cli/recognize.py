@@ -375,11 +375,18 @@ def _axis(tensor: Tensor, size: int) -> int:
     return next((a for a, n in enumerate(tensor.shape) if n == size), 0)
 
 
+_NOTHING_BINARY = (
+    "no layer is binary with these weights; if they are binarised from outside before each forward, or by a "
+    "temperature that falls in training, declare it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
+)
+
+
 def hints(layers: Mapping[str, Layer]) -> list[str]:
     """What a person should know about roles that hold for the tensors at hand, and may not be meant."""
     real = [p for p, layer in layers.items() if layer.weight_bits == 32 and layer.activation_bits == 1]
     if not real:
-        return []
+        convolves = any(layer.role in CONVOLUTIONS for layer in layers.values())
+        return [_NOTHING_BINARY] if convolves and not any(layer.binary for layer in layers.values()) else []
     shown = ", ".join(real[:3]) + (f" and {len(real) - 3} more" if len(real) > 3 else "")
     return [
         f"1-bit inputs meet real weights in {shown}; if these are binarised from outside before each forward, declare "

@@ -369,6 +369,24 @@ def test_a_kernel_for_each_sample_is_refused_by_name() -> None:
     assert "test_idiom_forms.py:" in message
 
 
+class FloatUntilTold(Net):
+    """Written for a training loop that binarises the weights before each forward."""
+
+    def build(self) -> None:
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + x
+
+
+def test_where_nothing_is_binary_it_is_said_and_what_to_declare() -> None:
+    note = "no layer is binary with these weights"
+    assert [n[: len(note)] for n in transformed(FloatUntilTold).notes] == [note]
+    plan = transformed(FloatUntilTold, "modules: [{match: {path: conv}, role: binary_conv}]")
+    assert plan.layers["conv"].binary
+    assert plan.notes == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules with one value per channel that look at all channels
 
