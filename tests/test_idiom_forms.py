@@ -276,15 +276,19 @@ class KernelsBesidePlainNorms(Net):
         return self.block(x)
 
 
+class TwoKernels(nn.Module):
+    """A block without children that owns a 3×3 and a 1×1 kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 1, 1))
+
+
 class KernelsOfSeveralLayers(Net):
     """A block without children owns a 3×3 and a 1×1 kernel."""
 
     def build(self) -> None:
-        class Block(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.wide, self.narrow = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 1, 1))
-
+        class Block(TwoKernels):
             def forward(self, x: Tensor) -> Tensor:
                 h = F.conv2d(Sign.apply(x), Sign.apply(self.wide), padding=1)
                 return F.conv2d(Sign.apply(h), Sign.apply(self.narrow)) + x
@@ -329,11 +333,7 @@ class UncalledFallback(Net):
     """What cannot be opened stays whole, and the attempt is said."""
 
     def build(self) -> None:
-        class Block(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.wide, self.narrow = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 1, 1))
-
+        class Block(TwoKernels):
             def forward(self, x: Tensor) -> Tensor:
                 h = F.conv2d(torch.from_numpy(x.detach().numpy()), self.wide, padding=1)
                 return F.conv2d(h, self.narrow) + x

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from repbnn_cli.kernels import launching
+from repbnn_cli.kernels.packing import output_size
 from repbnn_cli.kernels.sign_packing import apply_mask, empty_like_layout, flat_pixels, pack, packed_like, unpack_signs
 
 Pair = tuple[int, int]
@@ -133,9 +134,8 @@ def _outputs_like(
 
 def _out_like(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """The result, uninitialised: (N, O, H', W'), in x's dtype and memory format."""
-    (n, _, height, width), (filters, _, kh, kw) = x.shape, weight.shape
-    rows, cols = (height + 2 * padding[0] - kh) // stride[0] + 1, (width + 2 * padding[1] - kw) // stride[1] + 1
-    return empty_like_layout(x, (n, filters, rows, cols), x.dtype)
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
+    return empty_like_layout(x, (x.shape[0], weight.shape[0], *size), x.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import Backend, reference
-from repbnn_cli.kernels.packing import pack_activations, tap_sums, unpack_activations, unpack_kernel, word_count
+from repbnn_cli.kernels.packing import (
+    output_size,
+    pack_activations,
+    tap_sums,
+    unpack_activations,
+    unpack_kernel,
+    word_count,
+)
 
 Pair = tuple[int, int]
 Activation = Literal["none", "hardtanh", "rprelu"]
@@ -100,8 +107,7 @@ class PackedBlock:
 
     def output_size(self, height: int, width: int) -> Pair:
         """H', W' of an input of H × W pixels; a UsageError where the kernel is larger than the padded input."""
-        sizes = zip((height, width), self.kernel_size, self.stride, self.padding, strict=True)
-        rows, cols = ((size + 2 * p - k) // s + 1 for size, k, s, p in sizes)
+        rows, cols = output_size((height, width), self.kernel_size, self.stride, self.padding)
         if rows < 1 or cols < 1:
             raise UsageError(
                 f"an input of {height}×{width} pixels with padding {self.padding} is smaller than the "

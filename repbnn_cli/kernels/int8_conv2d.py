@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repbnn_cli.kernels.packing import output_size
+
 Pair = tuple[int, int]
 
 
@@ -48,9 +50,7 @@ class _Kernel:
 
 def _result(levels: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """What a convolution gives, without its values; kernel: its (O, kh, kw)."""
-    filters, *extents = kernel
-    sides = zip(levels.shape[2:], extents, stride, padding, strict=True)
-    shape = (len(levels), filters, *((size + 2 * p - k) // s + 1 for size, k, s, p in sides))
+    shape = (len(levels), kernel[0], *output_size(levels.shape[2:], kernel[1:], stride, padding))
     return torch.empty(shape, device=levels.device).contiguous(memory_format=torch.channels_last)
 
 

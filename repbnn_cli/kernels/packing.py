@@ -19,10 +19,20 @@ count in none of the terms.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 WORD = 32
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:  # fmt: skip
+    """(H', W') of a convolution of (H, W) pixels with a kernel of (kh, kw)."""
+    rows, cols = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True))
+    return rows, cols
 
 
 def word_count(channels: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repbnn_cli.kernels.packing import pack_activations, popcount, tap_sums
+from repbnn_cli.kernels.packing import output_size, pack_activations, popcount, tap_sums
 
 Pair = tuple[int, int]
 
@@ -43,7 +43,7 @@ def binary_conv2d_packed(
     """The same by the popcount identity of packing.py: (N, H, W, L), (O, kh, kw, L) → (N, O, H', W') int32."""
     (_, height, width, _), (filters, kh, kw, _) = words.shape, kernel_words.shape
     (sy, sx), (py, px) = stride, padding
-    rows, cols = (height + 2 * py - kh) // sy + 1, (width + 2 * px - kw) // sx + 1
+    rows, cols = output_size((height, width), (kh, kw), stride, padding)
     padded = F.pad(words, (0, 0, px, px, py, py))
     inside = F.pad(torch.ones(height, width, dtype=torch.int32, device=words.device), (px, px, py, py))
     sums = tap_sums(kernel_words, in_channels)

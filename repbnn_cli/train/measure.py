@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -73,24 +73,31 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
     Only BatchNorms are in training mode meanwhile, so that nothing random runs; modes and momenta are as before
     afterwards. Every layer sees the batch statistics of those before it, as in training.
     """
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     seen = 0
     with _modes_kept(network):
         network.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        try:
+        with estimating(norms):
             for images, _ in islice(batches, n):
                 network(images)
                 seen += 1
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
     if seen == 0:
         raise UsageError(f"calibrate: saw no batch of the {n} asked for; check the data set and the batch size")
     return seen
+
+
+@contextmanager
+def estimating(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Meanwhile running statistics start over as plain averages over the batches that come by; modes return after."""
+    kept = [(norm, norm.momentum, norm.training) for norm in norms if norm.running_mean is not None]
+    for norm, _, _ in kept:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    try:
+        yield
+    finally:
+        for norm, momentum, training in kept:
+            norm.momentum, norm.training = momentum, training
 
 
 def device_of(network: nn.Module) -> torch.device:

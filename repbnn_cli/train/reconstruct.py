@@ -31,6 +31,7 @@ from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.lockstep import execute, last_uses
 from repbnn_cli.plan import Plan
 from repbnn_cli.tracer import fetch
+from repbnn_cli.train.measure import estimating
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
 _MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU)
@@ -41,6 +42,7 @@ _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
 
 MEMORY = 4 * 2**30
 """Bytes that the values of all images together may take."""
+_FEW = 4  # batches that are looked at where an estimate does
 _ALIVE = 6  # tensors of the largest size at a time: a unit's input, bypass and output, the source's, and targets
 
 Chunks = list[Any]  # the values of a node, one per batch of images
@@ -127,8 +129,7 @@ class _Fitting:
             if node in self.waiting:
                 self._fit(node)
                 self.waiting.discard(node)
-            self._settle(node)
-            self.values[node] = [self._run(node, i) for i in range(self.chunks)]
+            self._available(node)
             for used in self.unused.get(node, ()):
                 self.values.pop(used, None)
 
@@ -160,7 +161,7 @@ class _Fitting:
                 schedule.step()
             optimizer.zero_grad()
             after = self._missed(unit, wanted)
-        with _estimating(norms):
+        with estimating(norms):
             for chunk in range(len(wanted)):
                 with torch.no_grad():
                     self._end(unit, chunk)
@@ -200,11 +201,11 @@ class _Fitting:
         step = self.plan.steps[twin.name]
         return not step.static and not step.by_position and (step.state is None or isinstance(step.state, Tiled))
 
-    def _wanted(self, end: fx.Node) -> list[Tensor]:
-        """The source's values at the end of a unit, with the channels that the Rep network has there."""
+    def _wanted(self, end: fx.Node, first: int | None = None) -> list[Tensor]:
+        """The source's values at a node, with the channels that the Rep network has there; first: of so many batches."""
         twin = self.twin[end.name]
         state = self.plan.steps[twin.name].state
-        found: list[Tensor] = self._target(twin)
+        found: list[Tensor] = self._target(twin)[:first]
         if not isinstance(state, Tiled):
             return found
         index = torch.tensor(state.index, device=found[0].device)
@@ -240,17 +241,17 @@ class _Fitting:
         module = None if norm is None else fetch(self.rep, str(norm.target))
         if norm is None or not isinstance(module, _BatchNorm) or module.weight is None or not self._known(norm):
             return
-        wanted = torch.cat(self._wanted(norm)[:4])
+        wanted = torch.cat(self._wanted(norm, _FEW))
         module.weight.fill_(1.0)
         module.bias.zero_()
-        given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(4, self.chunks))])
+        given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(_FEW, self.chunks))])
         dims = [d for d in range(given.dim()) if d != 1]
         module.weight.copy_((given * wanted).mean(dims))  # given: mean 0 and variance 1 in each channel
         module.bias.copy_(wanted.mean(dims))
 
     @torch.no_grad()
     def _missed(self, unit: list[fx.Node], wanted: list[Tensor]) -> float:
-        few = range(min(4, len(wanted)))
+        few = range(min(_FEW, len(wanted)))
         error = sum(F.mse_loss(self._end(unit, i), wanted[i]).item() for i in few) / len(few)
         variance = torch.cat([wanted[i] for i in few]).var(correction=0).item()
         return error / variance if variance else 0.0
@@ -258,7 +259,7 @@ class _Fitting:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _available(self, node: fx.Node) -> None:
-        """Computes what a unit needs from elsewhere, if its turn has not come yet."""
+        """Computes a node's values once: in its turn, or before it, where a unit needs them."""
         if node not in self.values:
             for used in node.all_input_nodes:
                 self._available(used)
@@ -277,7 +278,7 @@ class _Fitting:
         module = fetch(self.rep, str(node.target))
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         if norms:
-            with _estimating(norms):
+            with estimating(norms):
                 for chunk in range(self.chunks):
                     self._run(node, chunk)
         self.settled.add(str(node.target))
@@ -335,22 +336,6 @@ def _training(modules: list[nn.Module], parameters: list[Tensor]) -> Iterator[No
         for parameter, before in zip(parameters, asked, strict=True):
             parameter.requires_grad_(before)
             parameter.grad = None
-
-
-@contextmanager
-def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Meanwhile running statistics become the plain average over the batches that come by."""
-    kept = [(norm, norm.momentum) for norm in norms if norm.running_mean is not None]
-    for norm, _ in kept:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, momentum in kept:
-            norm.momentum = momentum
-            norm.eval()
 
 
 @contextmanager
