@@ -202,7 +202,7 @@ class _Fitting:
         return not step.static and not step.by_position and (step.state is None or isinstance(step.state, Tiled))
 
     def _wanted(self, end: fx.Node, first: int | None = None) -> list[Tensor]:
-        """The source's values at a node, with the channels that the Rep network has there; first: of so many batches."""
+        """The source's values at a node, with the channels that the Rep network has there; first: batches only."""
         twin = self.twin[end.name]
         state = self.plan.steps[twin.name].state
         found: list[Tensor] = self._target(twin)[:first]
