@@ -1,14 +1,15 @@
 """Owns sign and its gradient estimators; every forward is torch.sign (so sign(0) = 0) or a uniform quantiser.
 
-Notation: x is the tensor to binarise, of any shape, g the gradient that arrives. Every backward is elementwise, so
-one pass over x and g; the tensors t and k of a schedule are 0-dim and get no gradient.
+Notation: x is the tensor to binarise, of any shape, g the gradient that arrives. Every backward is elementwise (but
+that of standardised_sign), so one pass over x and g; the tensors t and k of a schedule are 0-dim and get no gradient.
 
 | function | backward | used by |
 | --- | --- | --- |
 | ste_sign | g · 1[abs(x) ≤ window] | FracBNN (window 1.3), ReCU's weights (window inf) |
 | approx_sign | g · max(0, 2 − 2·abs(x)) | Bi-Real Net, ReActNet, AdamBNN, ReCU |
 | ede_sign | g · k·t·(1 − tanh²(t·x)) | IR-Net |
-| rbnn_sign | g · k·max(0, √2·t − t²·abs(x)) | RBNN |
+| rbnn_sign | g · k·max(0, √2·t − t²·abs(x)) | RBNN's weights |
+| standardised_sign | rbnn_sign's of the standardised x, through mean and deviation | RBNN's activations |
 | scaled_sign | g · 1[abs(x) ≤ 1] | weights of Bi-Real Net, ReActNet, AdamBNN |
 | uniform_quantize | g · 1[abs(x) ≤ 1] | FracBNN's 2-bit activations and 4-bit shortcuts |
 | gate_step | g · 1[x > 0] | FracBNN's precision gate |
@@ -22,6 +23,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+
+_SAMPLE = (1, 2, 3)  # all dims of activations (N, C, H, W) but the sample
 
 
 class _STESign(Function):
@@ -71,6 +75,25 @@ class _RBNNSign(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         x, t, k = ctx.saved_tensors
         return grads[0] * ((math.sqrt(2) - t * x.abs()).clamp_min(0) * t * k), None, None
+
+
+class _StandardisedSign(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor) -> Tensor:
+        mean = x.mean(_SAMPLE, keepdim=True)
+        deviation = (x.var(_SAMPLE, keepdim=True) + 1e-5).sqrt()  # 1e-5: a constant sample's gradient stays finite
+        ctx.save_for_backward(x, mean, deviation, t)
+        return (x - mean).sign()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        # Written out: left to autograd, the sums over a sample wait for each other, three passes in the place of two.
+        x, mean, deviation, t = ctx.saved_tensors
+        standard = (x - mean) / deviation
+        g = grads[0] * ((math.sqrt(2) - t * standard.abs()).clamp_min(0) * t)
+        count = x[0].numel()
+        along = (g * standard).sum(_SAMPLE, keepdim=True) / (count - 1)
+        return (g - g.sum(_SAMPLE, keepdim=True) / count - standard * along) / deviation, None
 
 
 class _ScaledSign(Function):
@@ -151,6 +174,16 @@ def rbnn_sign(x: Tensor, t: Tensor, k: Tensor) -> Tensor:
     Source: RBNN, Lin et al., arXiv 2009.13055, section 3.
     """
     return cast(Tensor, _RBNNSign.apply(x, t, k))  # type: ignore[no-untyped-call]
+
+
+def standardised_sign(x: Tensor, t: Tensor) -> Tensor:
+    """RBNN's sign of activations x (N, C, H, W), each sample standardised: z = (x − mean)/√(var + 1e-5).
+
+    Forward: sign(x − mean), which is sign(z). Backward: h = g · max(0, √2·t − t²·|z|), then
+    (h − mean(h) − z·Σ(h·z)/(n − 1))/√(var + 1e-5), n the size of a sample; var has Bessel's correction. t is 0-dim.
+    Source: RBNN, Lin et al., arXiv 2009.13055, section 3.
+    """
+    return cast(Tensor, _StandardisedSign.apply(x, t))  # type: ignore[no-untyped-call]
 
 
 def scaled_sign(x: Tensor, scale: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from repbnn_cli.binarize import (
     gate_step,
     rbnn_sign,
     scaled_sign,
+    standardised_sign,
     ste_sign,
     uniform_quantize,
 )
@@ -37,7 +38,7 @@ ConvolveSigns = Callable[[Tensor, Tensor, Pair, Pair], Tensor]
 """(signs, kernel, stride, padding) → F.conv2d(signs, kernel, None, stride, padding), with its gradients for both.
 
 signs: (N, I, H, W), ±1, or 0 where an activation is exactly 0. kernel: (O, I, kh, kw), ±1 times one scale per filter
-(almost one: see scaled_sign on its last bits), or 0 where a latent weight is exactly 0.
+(almost one: see scaled_sign on its last bits; learned ones may be negative), or 0 where a latent weight is exactly 0.
 """
 
 FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of activations (N, C, H, W) but the sample
@@ -46,7 +47,7 @@ FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of
 class BinaryConv2d(nn.Module):
     """Protocol and common part of the binary convolutions; no bias, no dilation, one group.
 
-    A kind defines binarize_input and binary_weight. Its tensors are named by kernel_name, out_channel_tensors (one
+    A kind defines binarize_input and binary_weight, and output_scale where it has one. Its tensors are named by kernel_name, out_channel_tensors (one
     value per output channel) and in_channel_tensors (one per input channel); all other tensors are its own business
     and are re-created by resize.
     """
@@ -106,6 +107,10 @@ class BinaryConv2d(nn.Module):
         """The activations that the convolution sees, same shape as x."""
         raise TypeError(f"{type(self).__name__} does not define binarize_input")
 
+    def output_scale(self) -> Tensor | None:
+        """What the convolution's output is multiplied by, (O, 1, 1)."""
+        return None
+
     def resize(self, in_channels: int, out_channels: int) -> None:
         """Take over new channel numbers; the caller replaces the kernel and the per-channel tensors.
 
@@ -115,7 +120,14 @@ class BinaryConv2d(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve_signs(self.binarize_input(x), self.binary_weight())
+        signs, kernel, scale = self.binarize_input(x), self.binary_weight(), self.output_scale()
+        if scale is None:
+            return self.convolve_signs(signs, kernel)
+        if self.conv_signs is None:
+            return self.convolve_signs(signs, kernel) * scale
+        # Sums of signs are exact there, so the same number comes out, and the scale's gradient is a sum over a kernel
+        # instead of one over all outputs.
+        return self.convolve_signs(signs, kernel * scale[:, None])
 
     def convolve_signs(self, signs: Tensor, kernel: Tensor) -> Tensor:
         """The convolution of what `ConvolveSigns` takes."""
@@ -226,11 +238,10 @@ class RBNNConv2d(BinaryConv2d):
         return rbnn_sign(turned, self.t, self.k)
 
     def binarize_input(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(FILTER, keepdim=True)
-        return rbnn_sign(_divide_by_std(centred), self.t.clamp_min(1), torch.ones_like(self.k))
+        return standardised_sign(x, self.t.clamp_min(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.alpha
+    def output_scale(self) -> Tensor:
+        return self.alpha
 
 
 class ReCUConv2d(BinaryConv2d):
@@ -271,8 +282,8 @@ class ReCUConv2d(BinaryConv2d):
     def binarize_input(self, x: Tensor) -> Tensor:
         return approx_sign(_divide_by_std(x) if self.training else x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.alpha
+    def output_scale(self) -> Tensor:
+        return self.alpha
 
 
 class SignConv2d(BinaryConv2d):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repbnn_cli import binary_conv, cli
-from repbnn_cli.binary_conv import IRConv2d, ReCUConv2d, SignConv2d, signs_convolved_by
+from repbnn_cli.binary_conv import IRConv2d, RBNNConv2d, ReCUConv2d, SignConv2d, signs_convolved_by
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import int8_conv2d
 from repbnn_cli.kernels.int8_conv2d import sign_conv2d
@@ -100,10 +100,18 @@ def test_the_operator_keeps_the_rules_of_torch_operators() -> None:
         torch.library.opcheck(torch.ops.repbnn.int8_conv2d.default, arguments)
 
 
-@pytest.mark.parametrize("kind", [IRConv2d, ReCUConv2d, SignConv2d])
+def with_scales_of_both_signs(layer: torch.nn.Module) -> torch.nn.Module:
+    """A learned scale may become negative, or 0."""
+    if hasattr(layer, "alpha"):
+        layer.alpha.data.copy_(((torch.arange(len(layer.alpha)) - 2) / 2).view(-1, 1, 1))
+        assert 0 in layer.alpha
+    return layer
+
+
+@pytest.mark.parametrize("kind", [IRConv2d, RBNNConv2d, ReCUConv2d, SignConv2d])
 def test_a_layer_computes_and_learns_the_same_with_it(kind: type) -> None:
     torch.manual_seed(0)
-    layer = kind(8, 6, 3, stride=2, padding=1).train()
+    layer = with_scales_of_both_signs(kind(8, 6, 3, stride=2, padding=1).train())
     x = torch.randn(3, 8, 9, 9)
     results = []
     for convolve in (None, sign_conv2d):
@@ -176,7 +184,7 @@ def test_a_computer_without_the_operator_trains_on_torch(monkeypatch: pytest.Mon
 def test_kernels_laid_out_once_give_what_they_give_laid_out_each_time(kind: str) -> None:
     """Also for images of another size than the first ones; afterwards the network is what it was."""
     torch.manual_seed(0)
-    layer = getattr(binary_conv, kind)(8, 6, 3, stride=2, padding=1).eval()
+    layer = with_scales_of_both_signs(getattr(binary_conv, kind)(8, 6, 3, stride=2, padding=1).eval())
     network = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(6)).eval()
     with torch.no_grad():
         for size in (9, 12):
