@@ -28,9 +28,20 @@ def repeat_channels(x: Tensor, repeats: int, groups: int = 1) -> Tensor:
     """
     if repeats == 1:
         return x
-    n, c, *rest = x.shape
-    blocks = x.reshape(n, groups, 1, c // groups, *rest).expand(n, groups, repeats, c // groups, *rest)
-    return blocks.reshape(n, c * repeats, *rest)
+    at = _channel_axis(x)
+    blocks = x.movedim(1, at).unflatten(at, (groups, -1)).unsqueeze(at + 1)
+    return _repeated(blocks, at + 1, repeats).flatten(at, at + 2).movedim(at, 1)
+
+
+def _channel_axis(x: Tensor) -> int:
+    """Where a tensor (N, C, ...) has its channels in memory: what repeats them there keeps channels_last."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return 3 if last else 1
+
+
+def _repeated(x: Tensor, axis: int, repeats: int) -> Tensor:
+    """A view with `repeats` in the place of the 1 at `axis`."""
+    return x.expand(*x.shape[:axis], repeats, *x.shape[axis + 1 :])
 
 
 class RepMixin:
@@ -153,12 +164,13 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self._by_running_statistics(x)
         if self.by_batch is not None and self.weight is not None and x.dim() == 4:
             return self._by_batch(self.by_batch, x)
-        n, c, *rest = x.shape
-        out = self._normalise(x).unsqueeze(1)
+        normalised = self._normalise(x)
+        at = _channel_axis(normalised)
+        out = normalised.movedim(1, at).unsqueeze(at)
         if self.weight is not None:
-            copies = (1, self.repeats, c, *[1] * len(rest))
+            copies = (self.repeats, x.shape[1], *[1] * (out.dim() - at - 2))
             out = torch.addcmul(self.bias.view(copies), out, self.weight.view(copies))
-        return out.expand(n, self.repeats, c, *rest).reshape(n, self.repeats * c, *rest)
+        return _repeated(out, at, self.repeats).flatten(at, at + 1).movedim(at, 1)
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         """Each copy by its own running statistics, which may differ (a transform tiles those of the source network).
