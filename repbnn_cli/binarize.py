@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-
 _SAMPLE = (1, 2, 3)  # all dims of activations (N, C, H, W) but the sample
 
 

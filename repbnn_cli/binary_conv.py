@@ -47,9 +47,9 @@ FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of
 class BinaryConv2d(nn.Module):
     """Protocol and common part of the binary convolutions; no bias, no dilation, one group.
 
-    A kind defines binarize_input and binary_weight, and output_scale where it has one. Its tensors are named by kernel_name, out_channel_tensors (one
-    value per output channel) and in_channel_tensors (one per input channel); all other tensors are its own business
-    and are re-created by resize.
+    A kind defines binarize_input and binary_weight, and output_scale where it has one. Its tensors are named by
+    kernel_name, out_channel_tensors (one value per output channel) and in_channel_tensors (one per input channel); all
+    other tensors are its own business and are re-created by resize.
     """
 
     kernel_name: str = "weight"

@@ -47,6 +47,7 @@ class Variant(BaseModel):
     inherit: Inherit | None = Field(None, description="How trained kernels are carried over.")
     last_layer: Share | None = Field(None, description="Share of its inputs that the last layer takes.")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Weight of learning from the source network.")
+    fit: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps per convolution that first fit it.")
     set: tuple[Text, ...] = Field((), description="Overrides of the recipe, KEY=VALUE.")
     setting: Text | None = Field(None, description="The paper's row, by its setting, e.g. β = 4.")
 

@@ -17,6 +17,7 @@ from repbnn_cli.errors import RepbnnError
 from repbnn_cli.rep_layers import RepBatchNorm2d
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine
+from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.norms import synchronised
 from repbnn_cli.train.ranks import Ranks, joined
 
@@ -95,7 +96,7 @@ def train(
         if what == "die" and ranks.rank == ranks.size - 1:
             raise OSError("a worker met something unexpected")
 
-    engine.finetune(network, toy(), recipe("ema=0.9"), folder, ranks=ranks, on_step=interfere, calibrate=2,
+    engine.finetune(network, toy(), recipe("ema=0.9"), folder, ranks=ranks, on_step=interfere, prepare=Preparation(2),
                     resume=resume, options=engine.Options(log_every=1))  # fmt: skip
     torch.save(network.state_dict(), folder / f"weights-{ranks.rank}.pt")
 

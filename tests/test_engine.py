@@ -26,6 +26,8 @@ from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d, RBNNConv2d, ReCUCo
 from repbnn_cli.errors import DivergedError, RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import data, engine, health, recipes, state
+from repbnn_cli.train.inheritance import Preparation
+from repbnn_cli.train.reconstruct import Fitted
 from repbnn_cli.train.state import Position, Run
 from repbnn_cli.verify import Certificate
 
@@ -308,28 +310,59 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(tmp_pa
 # Rep networks, other data, options
 
 
-def test_a_rep_network_is_calibrated_trained_and_saved_as_a_result_again(tmp_path: Path) -> None:
+def made_result(path: Path) -> result.Result:
     src = source.from_checkpoint(str(CHECKPOINT))
-    network = source.capture(src.model, src.origin)
-    plan = surgery.plan(network, rules.load("reptran"))
-    payload = result.payload_of(src, plan, surgery.apply(plan), Certificate(()), slim=False)
-    result.save(payload, tmp_path / "rep.repbnn.pt")
+    plan = surgery.plan(source.capture(src.model, src.origin), rules.load("reptran"))
+    result.save(result.payload_of(src, plan, surgery.apply(plan), Certificate(()), slim=False), path)
+    return result.open_result(path)
 
-    opened = result.open_result(tmp_path / "rep.repbnn.pt")
+
+def trained_on(opened: result.Result, folder: Path, **more: Any) -> engine.Outcome:
+    """An epoch of a Rep network on a few images of noise."""
     made = recipes.override(recipes.for_network(opened.origin), ["batch=16", "data=digits", "optimizer.lr=0.01"])
-    outcome = engine.finetune(
-        opened.module, toy(train=32, test=16, classes=10, size=32), made, tmp_path / "run",
-        epochs=1, calibrate=2, teacher=src.model,
+    return engine.finetune(
+        opened.module, toy(train=32, test=16, classes=10, size=32), made, folder, epochs=1, **more,
         package=lambda tensors, about: result.with_tensors(opened.payload, tensors, about),
     )  # fmt: skip
+
+
+def test_a_rep_network_is_calibrated_trained_and_saved_as_a_result_again(tmp_path: Path) -> None:
+    opened = made_result(tmp_path / "rep.repbnn.pt")
+    teacher = source.from_checkpoint(str(CHECKPOINT)).model
+    outcome = trained_on(opened, tmp_path / "run", prepare=Preparation(2), teacher=teacher)
     assert [(row["epoch"], row["step"]) for row in outcome.rows] == [(0, 0), (1, 2)]
     assert outcome.notes == ()
     trained = result.open_result(outcome.last)
     assert trained.payload["training"]["top1"] == outcome.top1
     assert trained.payload["training"]["recipe"] == "irnet-cifar10-resnet20"
+    assert trained.payload["training"]["inherited"] == {"calibrated_batches": 2}
     assert trained.payload["source"]["accuracy"] == opened.payload["source"]["accuracy"]
     for name, tensor in opened.module.state_dict().items():
         assert torch.equal(trained.module.state_dict()[name], tensor)
+
+
+def test_a_run_stopped_while_it_fits_inherited_weights_begins_again(tmp_path: Path) -> None:
+    """And ends with the bits of one that nobody stopped; what the fit came to is in its networks."""
+    first, second = (made_result(tmp_path / f"{name}.repbnn.pt") for name in ("first", "second"))
+    steps = {"fit": 2, "images": 16}
+    whole = trained_on(first, tmp_path / "whole", prepare=Preparation(1, first.plan, **steps))
+
+    def stop(unit: Fitted) -> None:
+        if unit.path == "layer1.1.conv2":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = Preparation(1, second.plan, **steps, on_unit=stop)
+    with pytest.raises(StoppedError, match=r"^stopped by SIGTERM before the first step; with --resume the command"):
+        trained_on(second, tmp_path / "stopped", prepare=stopped)
+    again = made_result(tmp_path / "again.repbnn.pt")
+    resumed = trained_on(again, tmp_path / "stopped", prepare=Preparation(1, again.plan, **steps), resume=True)
+    assert resumed.rows == whole.rows
+    about = result.open_result(resumed.last).payload["training"]
+    assert about == result.open_result(whole.last).payload["training"]
+    assert (about["inherited"]["fit_steps"], about["inherited"]["fit_images"]) == (2, 16)
+    assert len(about["inherited"]["fit"]) == 19
+    for name, tensor in first.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], tensor), name
 
 
 def test_images_in_folders_are_a_feed_too(tmp_path: Path) -> None:

@@ -169,13 +169,14 @@ def test_calibrate_fits_and_says_so(
     assert "fitting to the source network: 1 steps per convolution, 16 training images" in shown
     assert "layer3.2.conv2: misses " in shown
     training = torch.load("rep-calibrated.repbnn.pt", weights_only=True)["training"]
-    assert len(training["fit"]) == 19
-    assert (training["fit_steps"], training["fit_images"]) == (1, 16)
+    inherited = training["inherited"]
+    assert len(inherited["fit"]) == 19
+    assert (inherited["fit_steps"], inherited["fit_images"]) == (1, 16)
     before, after = (repbnn_cli.load(p).state_dict() for p in ("rep.repbnn.pt", "rep-calibrated.repbnn.pt"))
     assert not torch.equal(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
     assert torch.equal(before["conv1.weight"], after["conv1.weight"])
     assert run(["report", "rep-calibrated.repbnn.pt", "--markdown", "-o", "R.md"]) == 0
-    before, after = training["fit"]["layer2.0.conv1"]
+    before, after = inherited["fit"]["layer2.0.conv1"]
     assert f"| `layer2.0.conv1` | {100 * before:.2f} | {100 * after:.2f} |" in Path("R.md").read_text()
     assert run(["calibrate", "slim.repbnn.pt", *quick]) == 2
     assert "slim.repbnn.pt: holds no source network to fit to (--slim); --fit 0 does without" in capsys.readouterr().err

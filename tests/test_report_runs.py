@@ -24,6 +24,7 @@ from repbnn_cli.errors import StoppedError
 from repbnn_cli.report.document import Block, Code, Figures, Folded, Items, Line, Strong, Table
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine, recipes
+from repbnn_cli.train.inheritance import Preparation
 
 PUBLISHED = "published={irnet_resnet20: {table: Table 7, raw: 86.5, rep: 87.6}}"
 ABOUT = {"name": "net", "arch": "irnet_resnet20", "beta": 2, "target": "rep.pt", "sha256": "ab", "source_top1": 62.4}
@@ -35,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that is there twice."""
     root = tmp_path_factory.mktemp("runs")
     bars = dataclasses.replace(toy(), name="cifar10")
-    run(root / "done", PUBLISHED, "data=cifar10", dataset=bars, about=ABOUT, seed=3, calibrate=2)
+    run(root / "done", PUBLISHED, "data=cifar10", dataset=bars, about=ABOUT, seed=3, prepare=Preparation(2))
     run(root / "other" / "done", "epochs=1", "schedule.warmup=0")
     made = recipes.override(recipes.load("fracbnn-cifar10"), ["batch=16", "iterations=6", "schedule={name: linear}"])
     engine.finetune(tiny(conv=GatedConv2d), toy(), made, root / "two")

@@ -16,6 +16,7 @@ from repbnn_cli import run_views, runs
 from repbnn_cli.errors import CheckpointError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine
+from repbnn_cli.train.inheritance import Preparation
 
 PUBLISHED = "published={irnet_resnet20: {table: Table 7, raw: 86.5, rep: 87.6}}"
 ABOUT = {"name": "net", "arch": "irnet_resnet20", "beta": 2, "target": "rep.pt", "sha256": "ab", "source_top1": 62.4}
@@ -24,7 +25,14 @@ ABOUT = {"name": "net", "arch": "irnet_resnet20", "beta": 2, "target": "rep.pt",
 def test_a_finished_run_says_what_it_is_and_what_it_reached(tmp_path: Path) -> None:
     bars = dataclasses.replace(toy(), name="cifar10")
     outcome = run(
-        tmp_path / "run", PUBLISHED, "epochs=2", "data=cifar10", dataset=bars, about=ABOUT, seed=3, calibrate=2
+        tmp_path / "run",
+        PUBLISHED,
+        "epochs=2",
+        "data=cifar10",
+        dataset=bars,
+        about=ABOUT,
+        seed=3,
+        prepare=Preparation(2),
     )
     found = runs.read(tmp_path / "run")
     assert found.rows == outcome.rows

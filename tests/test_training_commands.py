@@ -28,8 +28,11 @@ def rep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert run(["finetune", str(rep), *QUICK, "--calibrate", "2", "--distill", "0.5", "--run-dir", "r", "--json"]) == 0
-    outcome = json.loads(capsys.readouterr().out)
+    assert run(["finetune", str(rep), *QUICK, "--calibrate", "2", "--fit", "1", "--distill", "0.5", "--run-dir", "r",
+                "--json"]) == 0  # fmt: skip
+    shown = capsys.readouterr()
+    outcome = json.loads(shown.out)
+    assert "fitting to the source network: 1 steps per convolution, " in shown.err
     best = outcome["best"]
     payload = torch.load(best, weights_only=True)
     assert payload["training"]["top1"] == outcome["best_top1"]
@@ -39,6 +42,23 @@ def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(outcome["best_top1"])
     assert run(["profile", best, "--json"]) == 0
     assert runs.read("r").network == "ckpt-rep2"
+    inherited = payload["training"]["inherited"]
+    assert (inherited["fit_steps"], inherited["calibrated_batches"]) == (1, 2)
+
+
+def test_a_trained_result_is_not_fitted_again(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by more training nor by calibration, and it keeps what is known of its training and its beginning."""
+    assert run(["finetune", str(rep), *QUICK, "--calibrate", "1", "--fit", "1", "--run-dir", "r"]) == 0
+    first = torch.load("r/checkpoints/best.pt", weights_only=True)["training"]
+    capsys.readouterr()
+    assert run(["finetune", "r/checkpoints/best.pt", *QUICK, "--calibrate", "1", "--run-dir", "s"]) == 0
+    assert run(["calibrate", "s/checkpoints/best.pt", "--data", "digits", "--batches", "1", "-o", "c.pt"]) == 0
+    said = "not fitted to the source network: this network was trained since its transform"
+    assert capsys.readouterr().err.count(said) == 2
+    for path in ("s/checkpoints/best.pt", "c.pt"):
+        training = torch.load(path, weights_only=True)["training"]
+        assert training["recipe_text"] == first["recipe_text"]
+        assert training["inherited"]["fit"] == first["inherited"]["fit"]
 
 
 def test_a_network_of_the_users_is_trained_transformed_and_measured(

@@ -59,6 +59,9 @@ def finetune(
     calibrate: Annotated[
         int, typer.Option("--calibrate", help="Batches for BatchNorm statistics before inherited weights are trained.")
     ] = 50,
+    fit: Annotated[
+        int, typer.Option("--fit", help="Steps per convolution that first fit inherited weights to their source.")
+    ] = 200,
     arch: Arch = None,
     model: Model = None,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
@@ -97,9 +100,10 @@ def finetune(
     training.finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
-        teacher_model=teacher_model, calibrate=calibrate, arch=arch, model=model, save_every=save_every,
-        eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend, gradients=gradients,
-        compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force, as_json=as_json,
+        teacher_model=teacher_model, calibrate=calibrate, fit=fit, arch=arch, model=model,
+        save_every=save_every, eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend,
+        gradients=gradients, compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force,
+        as_json=as_json,
     )  # fmt: skip
 
 
@@ -139,7 +143,7 @@ def calibrate_command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe whose preprocessing to use; its own if not given.")
     ] = None,
-    batches: Annotated[int, typer.Option("--batches", help="Training batches for the statistics.")] = 50,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Training batches for the statistics.")] = 50,
     fit: Annotated[
         int, typer.Option("--fit", help="Steps per convolution that fit it to the source network's; 0: none.")
     ] = 200,

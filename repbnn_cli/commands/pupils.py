@@ -60,6 +60,17 @@ class Pupil:
         return self.opened is not None and self.opened.payload["options"]["inherit"] != "none"
 
     @property
+    def prepared(self) -> Mapping[str, Any]:
+        """How the inherited weights were fitted to the source, where `calibrate` or a run's beginning has done so."""
+        found: Mapping[str, Any] = self.opened.payload.get("training", {}).get("inherited", {}) if self.opened else {}
+        return found
+
+    @property
+    def trained(self) -> bool:
+        """Whether a result was trained since its transform."""
+        return self.opened is not None and "recipe" in self.opened.payload.get("training", {})
+
+    @property
     def fresh(self) -> bool:
         """Whether its weights are those of a new network."""
         return self.target in registry.ARCHS and self.sha256 is None
@@ -67,7 +78,10 @@ class Pupil:
     def package(self) -> engine.Package | None:
         """A trained Rep network is a result again, with rules, source and certificate; None for other networks."""
         opened = self.opened
-        return None if opened is None else lambda tensors, about: result.with_tensors(opened.payload, tensors, about)
+        if opened is None:
+            return None
+        earlier = {"inherited": self.prepared} if self.prepared else {}
+        return lambda tensors, about: result.with_tensors(opened.payload, tensors, {**about, **earlier})
 
     def facts(self) -> dict[str, Any]:
         """What a run's record says of it: `engine.finetune`'s about."""

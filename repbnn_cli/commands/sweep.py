@@ -82,6 +82,8 @@ def _steps(
         train += ["--set", text]
     if variant.distill:
         train += ["--distill", str(variant.distill)]
+    if variant.fit is not None:
+        train += ["--fit", str(variant.fit)]
     if device:
         train += ["--device", device]
     if (run_dir / runs.RECORD).exists():

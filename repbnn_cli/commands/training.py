@@ -17,9 +17,10 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
-from repbnn_cli.train import backends, compiled, engine, feeds, measure, recipes, reconstruct
+from repbnn_cli.train import backends, compiled, engine, feeds, measure, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
+from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
@@ -28,7 +29,7 @@ from repbnn_cli.train.scalars import scalars
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float, teacher: str | None,
-    teacher_arch: str | None, teacher_model: str | None, calibrate: int, arch: str | None, model: str | None,
+    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, arch: str | None, model: str | None,
     save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, gradients: str, compile_mode: str,
     tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -56,7 +57,8 @@ def finetune(
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
-            calibrate=calibrate if pupil.inherited else 0, package=pupil.package(), about=pupil.facts(),
+            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1), package=pupil.package(),
+            about=pupil.facts(),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
                 backend=running.name, gradients=gradients, compile=compile_mode,
@@ -151,45 +153,49 @@ def calibrate(
     pupil = pupils.load(str(path), arch=None, model=model)
     if pupil.opened is None:
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
+    if fit and not pupil.trained and not pupil.opened.payload["source_tensors"]:
+        raise UsageError(f"{path}: holds no source network to fit to (--slim); --fit 0 does without")
     dataset = pupils.dataset(data, pupil.origin)
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
     feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where)
     pupil.network.to(where)
-    fitted = _fitted(pupil.opened, feed, steps=fit, images=images, device=where)
-    used = measure.calibrate(pupil.network, feed.train.epoch(0), batches)
+    prepare = _preparation(pupil, batches=batches, fit=fit, images=images) or Preparation(batches)
+    inherited = prepare(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
-    about = {"calibrated_batches": used, **fitted, "data": dataset.name, "data_fingerprint": dataset.fingerprint,
-             "data_notes": list(dataset.notes), "top1": found.top1}  # fmt: skip
+    earlier = pupil.opened.payload.get("training", {})
+    about = {
+        **earlier, "inherited": {**pupil.prepared, **inherited}, "data": dataset.name,
+        "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes), "top1": found.top1,
+    }  # fmt: skip
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
-    views.say(f"BatchNorm estimated anew on {used} batches; wrote {place}")
+    views.say(f"BatchNorm estimated anew on {inherited['calibrated_batches']} batches; wrote {place}")
 
 
-def _fitted(
-    opened: result.Result, feed: feeds.Feed, *, steps: int, images: int, device: torch.device
-) -> dict[str, Any]:  # fmt: skip
-    """Fits a result that nobody has trained since its transform, and says what came of it."""
-    if not steps:
-        return {}
-    if "recipe" in opened.payload.get("training", {}):
-        views.say("not fitted to the source network: this network was trained since its transform")
-        return {}
-    if not opened.payload["source_tensors"]:
-        raise UsageError(f"{opened.path}: holds no source network to fit to (--slim); --fit 0 does without")
-    batches = reconstruct.batches_for(opened.plan, feed.train.epoch(0), images)
-    count = sum(map(len, batches))
-    views.say(f"fitting to the source network: {steps} steps per convolution, {count:,} training images")
-    opened.plan.network.module.to(device)
-    units = reconstruct.reconstruct(
-        opened.plan,
-        opened.module,
-        batches,
-        steps=steps,
-        on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
-    )
-    return {"fit_steps": steps, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
+def _preparation(pupil: Pupil, *, batches: int, fit: int, images: int = 2048, alone: bool = True) -> Preparation | None:
+    """What the inherited weights of a pupil still have to go through, and why less than asked for.
+
+    alone: whether one process does it. None where nothing was inherited.
+    """
+    if not pupil.inherited:
+        return None
+    assert pupil.opened is not None
+    reason = None
+    if pupil.trained:
+        reason = "this network was trained since its transform"
+    elif pupil.prepared.get("fit_steps"):
+        reason = "this network was fitted before"
+    elif not alone:
+        reason = "several processes would each fit their own; `repbnn calibrate` first does it in one"
+    elif not pupil.opened.payload["source_tensors"]:
+        reason = "the file holds no source network (--slim)"
+    if fit and reason is not None:
+        views.say(f"not fitted to the source network: {reason}")
+    plan = pupil.opened.plan if fit and reason is None else None
+    return Preparation(batches, plan, fit, images, on_note=views.say, on_unit=lambda u: views.say(
+        run_views.fitted_line(u.path, u.before, u.after)))  # fmt: skip
 
 
 def _calibrated(path: Path) -> Path:

@@ -11,13 +11,14 @@ from repbnn_cli.report.document import Block, Code, Figures, Folded, Paragraph, 
 
 
 def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
-    """training: what a result says of itself; its `fit` maps paths to the shares missed before and after."""
-    fit = training.get("fit")
+    """training: what a result says of itself; the `fit` in it maps paths to the shares missed before and after."""
+    prepared = training.get("inherited", {})
+    fit = prepared.get("fit")
     if not fit:
         return
     yield Paragraph(
-        f"Fitted to the source network before any training: {training['fit_steps']} steps per convolution on "
-        f"{exact(training['fit_images'])} training images, without labels. What is missed is the mean squared distance "
+        f"Fitted to the source network before any training: {prepared['fit_steps']} steps per convolution on "
+        f"{exact(prepared['fit_images'])} training images, without labels. What is missed is the mean squared distance "
         "of the values behind a convolution to the source's, over their variance."
     )
     curves = [

@@ -28,6 +28,7 @@ from repbnn_cli.train.captured import Captured
 from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import Feed, open_feed
 from repbnn_cli.train.guards import Signals
+from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.measure import logits_of
 from repbnn_cli.train.norms import synchronised
 from repbnn_cli.train.ranks import Ranks
@@ -93,7 +94,7 @@ def finetune(
     device: torch.device | str = "cpu",
     resume: bool = False,
     teacher: nn.Module | None = None,
-    calibrate: int = 0,
+    prepare: Preparation | None = None,
     options: Options | None = None,
     package: Package | None = None,
     about: Mapping[str, Any] | None = None,
@@ -105,8 +106,8 @@ def finetune(
     """Trains `network` in place by a recipe, from the weights it has, and writes the run's folder.
 
     epochs: length of every stage instead of the recipe's. resume: continue the run in run_dir; all arguments have to
-    be those of its beginning. teacher: the network to distil from. calibrate: training batches over which BatchNorm
-    statistics are estimated anew before the first step, 0 for none; the accuracy after that is epoch 0 of the metrics.
+    be those of its beginning. teacher: the network to distil from. prepare: what inherited weights go through before
+    the first step; the accuracy after that is epoch 0 of the metrics.
     package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
     about: what the run's record says of the network, plain values: name, arch, beta, target, sha256, source_top1.
     ranks: the processes that train together, each with the same arguments; rank 0 alone writes.
@@ -133,7 +134,7 @@ def finetune(
         "weights": state.weights_of(network),
         "teacher": None if teacher is None else state.weights_of(teacher),
         "seed": seed,
-        "calibrate": calibrate,
+        "prepare": None if prepare is None else prepare.key(),
         "processes": ranks.size,
         **{name: getattr(options, name) for name in ("channels_last", "autocast", "backend", "gradients")},
     }
@@ -159,7 +160,7 @@ def finetune(
                            on_step, on_epoch)  # fmt: skip
         stored = ranks.on_first(lambda: run.latest(fingerprint)) if resume else None
         if stored is None:
-            trainer.begin(calibrate)
+            trainer.begin(prepare)
         else:
             trainer.restore(stored)
         return trainer.train()
@@ -193,18 +194,19 @@ class _Trainer:
         self.last_top1 = math.nan
         self.optimizer_state: dict[Any, Any] = {}
         self.rows: list[Mapping[str, Any]] = []
+        self.inherited: dict[str, Any] = {}
 
     # -- beginning and resuming ---------------------------------------------------------------------------------------
 
-    def begin(self, calibrate: int) -> None:
-        self.signs = health.signs(self.convs)
-        if calibrate:
-            measure.calibrate(self.network, self.feed.train.epoch(0), calibrate)
+    def begin(self, prepare: Preparation | None) -> None:
+        if prepare is not None:
+            self.inherited = prepare(self.network, self.feed, self._stop_early)
             result = self._evaluate(self.network)
             self.last_top1 = result.top1
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
                    "test_top1": result.top1, "test_top5": result.top5}  # fmt: skip
             self._record(row, {})
+        self.signs = health.signs(self.convs)
         self.save()
 
     def restore(self, stored: Mapping[str, Any]) -> None:
@@ -213,6 +215,7 @@ class _Trainer:
         self.signs = {path: sign.to(self.device) for path, sign in stored["signs"].items()}
         self.ema = {name: tensor.to(self.device) for name, tensor in stored["ema"].items()}
         self.totals.copy_(stored["totals"][self.ranks.rank])
+        self.inherited = dict(stored["inherited"])
         self.best, self.last_top1 = dict(stored["best"]), stored["last_top1"]
         self.optimizer_state = stored["optimizer"]
         # Copies: a generator reads the storage behind a view from its beginning.
@@ -231,22 +234,12 @@ class _Trainer:
             "rng_device": gather(torch.cuda.get_rng_state(self.device)) if cuda else None,
         }
         self.saved_at = time.perf_counter()
-        return self.ranks.on_first(
-            lambda: self.run.save(
-                self.at,
-                {
-                    "state_dict": self.network.state_dict(),
-                    "optimizer": self.optimizer_state,
-                    "ema": self.ema,
-                    "signs": self.signs,
-                    "step": self.step,
-                    "best": self.best,
-                    "last_top1": self.last_top1,
-                    **each,
-                },
-                self.fingerprint,
-            )
-        )
+        content = {
+            "state_dict": self.network.state_dict(), "optimizer": self.optimizer_state, "ema": self.ema,
+            "signs": self.signs, "step": self.step, "best": self.best, "last_top1": self.last_top1,
+            "inherited": self.inherited, **each,
+        }  # fmt: skip
+        return self.ranks.on_first(lambda: self.run.save(self.at, content, self.fingerprint))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -409,8 +402,8 @@ class _Trainer:
 
     def _publish(self, name: str, top1: float, epoch: int) -> Path:
         stage = self._present
-        about = {**self.facts, "top1": top1, "epoch": epoch, "epochs": stage.length(len(self.feed.train)),
-                 "stage": stage.name}  # fmt: skip
+        about = {**self.facts, "inherited": self.inherited, "top1": top1, "epoch": epoch,
+                 "epochs": stage.length(len(self.feed.train)), "stage": stage.name}  # fmt: skip
         return self.ranks.on_first(lambda: self.run.publish(name, self.package(self.network.state_dict(), about)))
 
     def _record(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
@@ -435,6 +428,11 @@ class _Trainer:
         name = signal.Signals(number).name
         text = f"stopped by {name} after step {self.step}; saved {saved}; the same command with --resume continues"
         return StoppedError(text, number)
+
+    def _stop_early(self) -> None:
+        if number := self._received():
+            name = signal.Signals(number).name
+            raise StoppedError(f"stopped by {name} before the first step; with --resume the command begins", number)
 
     def _watch(self, loss: Tensor, images: Tensor) -> None:
         if self.ranks.largest(not torch.isfinite(loss)):
