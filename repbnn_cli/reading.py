@@ -166,6 +166,8 @@ def _zip_kind(path: Path) -> str:
 
 def _refused(path: Path, kind: str, error: Exception) -> CheckpointError:
     """Why the weights-only loader gave up: foreign classes, TorchScript, another pickle protocol, or damage."""
+    if isinstance(error, UnicodeEncodeError):
+        return CheckpointError(f"{path}: its name is not UTF-8, and PyTorch opens no such file; rename it")
     foreign, protocol, script = _asked_for(path, kind)
     if script:
         return CheckpointError(

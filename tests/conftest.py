@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter. Triton reads this when it is imported, so it has to be set before any test;

@@ -196,9 +196,11 @@ def test_a_device_that_cannot_is_named(
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("backend", ["triton", "int8"])
 def test_a_network_that_would_not_run_on_it_is_refused(
-    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
-    assert command("--backend", "triton", build="plain") == 2
-    assert "--backend triton: the network has no binary convolution of repbnn's own kinds" in capsys.readouterr().err
+    assert command("--backend", backend, "--device", "cpu", build="plain") == 2
+    said = f"--backend {backend}: the network has no binary convolution of repbnn's own kinds"
+    assert said in capsys.readouterr().err
     assert not Path("run").exists()

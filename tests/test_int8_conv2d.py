@@ -167,6 +167,10 @@ def test_a_run_says_that_it_computes_in_8_bits_and_learns_what_one_on_torch_does
 def test_what_8_bits_cannot_do_is_refused_with_what_can() -> None:
     with pytest.raises(UsageError, match=r"--backend int8: device 'cuda' is no CPU; --backend torch runs everywhere"):
         backends.choose(torch.device("cuda"), "int8")
+    with pytest.raises(UsageError, match=r"--backend: unknown value 'int4'; expected one of auto, torch, triton, int8"):
+        backends.choose(torch.device("cpu"), "int4")
+    with pytest.raises(UsageError, match=r"--backend int8: the network has no binary convolution of repbnn's own kind"):
+        backends.check(torch.nn.Conv2d(3, 8, 3), "int8")
     with pytest.raises(UsageError, match=r"--gradients bf16: is part of backend int8, and this run has backend torch"):
         backends.choose(torch.device("cpu"), "torch", "bf16")
     with pytest.raises(UsageError, match=r"--gradients: unknown value 'half'; expected one of exact, bf16"):

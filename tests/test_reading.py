@@ -47,6 +47,16 @@ class CreatesByName(Creates):
 # -- code in files ----------------------------------------------------------------------------------------------------
 
 
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"weights-\xff.pth")
+    torch.save({"w": torch.ones(2)}, tmp_path / "weights.pth")
+    try:
+        (tmp_path / "weights.pth").rename(path)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert "its name is not UTF-8, and PyTorch opens no such file; rename it" in refusal(path)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kind", [Creates, CreatesByName])
 def test_a_file_that_wants_to_run_code_is_refused(tmp_path: Path, kind: type[Creates], legacy: bool) -> None:

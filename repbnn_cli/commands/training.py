@@ -47,6 +47,7 @@ def finetune(
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         running = backends.choose(place, backend, gradients)
+        backends.check(pupil.network, backend)
         views.say(*backends.lines(pupil.network, running, ranks))
         with ranks.first_before_others():
             dataset = pupils.dataset(data, pupil.origin)
@@ -123,10 +124,12 @@ def evaluate(
     """Accuracy and loss on the test images, on fused kernels where a backend that has them was chosen."""
     where = pupils.device_of(device)
     # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
-    chosen = backends.choose(where, backend) if backend == "int8" else choose(where, backend)
+    chosen = choose(where) if backend == "auto" else backends.choose(where, backend)
     pupil = pupils.load(target, arch=arch, model=model)
     if pupil.opened is None and target in registry.ARCHS:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
+    if chosen.name == "int8":
+        backends.check(pupil.network, backend)
     dataset = pupils.dataset(data, pupil.origin)
     pupil.network.to(where)
     fused = fuse(*pupil.captured(), chosen) if chosen.name == "triton" else None

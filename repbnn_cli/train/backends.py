@@ -27,6 +27,7 @@ from repbnn_cli.kernels import Backend, int8_conv2d
 from repbnn_cli.rep_layers import RepBatchNorm2d
 from repbnn_cli.train.ranks import Ranks
 
+NAMES = (*kernels.BACKENDS, "int8")
 GRADIENTS = {"exact": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +47,8 @@ def choose(device: torch.device, requested: str = "auto", gradients: str = "exac
 
 
 def _choose(device: torch.device, requested: str) -> Backend:
+    if requested not in NAMES:
+        raise UsageError(f"--backend: unknown value '{requested}'; expected one of {', '.join(NAMES)}")
     if requested not in ("auto", "int8"):
         return kernels.choose(device, requested)
     if device.type == "cpu" and int8_conv2d.available():
@@ -105,18 +108,26 @@ def repeating_norms(network: nn.Module, ranks: Ranks) -> list[RepBatchNorm2d]:
 
 
 def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
-    """What the user is told: which backend trains and why, and what of the network. A UsageError if that is nothing."""
+    """What the user is told: which backend trains and why, and what of the network."""
     if backend.name == "torch":
         return [f"backend {backend}"]
-    convs, norms = sum(isinstance(m, BinaryConv2d) for m in network.modules()), len(repeating_norms(network, ranks))
+    convs, norms = _binary_convs(network), len(repeating_norms(network, ranks))
     if backend.name == "int8":
         return [f"backend {backend}: forward of {convs} binary convolutions"] if convs else ["backend torch"]
-    if not convs:
-        raise UsageError(
-            f"--backend {backend.name}: the network has no binary convolution of repbnn's own kinds (those of the "
-            "networks in `repbnn zoo`), which alone train on these kernels; use --backend torch"
-        )
     return [f"backend {backend}: forward of {convs} binary convolutions, {norms} BatchNorms over a repeat"]
+
+
+def check(network: nn.Module, requested: str) -> None:
+    """A UsageError where kernels are asked for that nothing in the network runs on."""
+    if requested in ("int8", "triton") and not _binary_convs(network):
+        raise UsageError(
+            f"--backend {requested}: the network has no binary convolution of repbnn's own kinds (those of the "
+            "networks in `repbnn zoo`), which alone run on these kernels; use --backend torch"
+        )
+
+
+def _binary_convs(network: nn.Module) -> int:
+    return sum(isinstance(m, BinaryConv2d) for m in network.modules())
 
 
 def notes(network: nn.Module, images: Tensor, backend: str) -> list[str]:
