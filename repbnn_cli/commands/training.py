@@ -25,6 +25,8 @@ from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
 
+_SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
+
 
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
@@ -85,7 +87,17 @@ def _recipe(pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[s
         begins = chosen.stages[0].name
         if pupil.fresh and begins != first:
             views.say(f"note: stage {begins} begins with fresh weights; the recipe hands it those of stage {first}")
-    return chosen if epochs is None else recipes.with_epochs(chosen, epochs)
+    if epochs is None:
+        return chosen
+    stage = chosen.stages[0]
+    rate_given = any(change.partition("=")[0].endswith("optimizer.lr") for change in sets)
+    if pupil.inherited and not pupil.trained and stage.total >= _SHORT * epochs and not rate_given:
+        rate = stage.optimizer.lr
+        views.say(
+            f"tip: lr {rate:g} is made for {stage.total} {stage.unit} from scratch; a short run keeps more of what was "
+            f"inherited with less, e.g. --set optimizer.lr={rate / 3:.1g}"
+        )
+    return recipes.with_epochs(chosen, epochs)
 
 
 def _each(row: Mapping[str, Any], *receivers: Callable[[Mapping[str, Any]], None] | None) -> None:
