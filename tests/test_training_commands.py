@@ -50,8 +50,10 @@ def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixtu
 
 def test_a_trained_result_is_not_fitted_again(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither by more training nor by calibration, and it keeps what is known of its training and its beginning."""
-    assert run(["finetune", str(rep), *QUICK, "--calibrate", "1", "--fit", "1", "--run-dir", "r"]) == 0
+    assert run(["calibrate", str(rep), "--data", "digits", "--batches", "1", "--fit", "0", "-o", "start.pt"]) == 0
+    assert run(["finetune", "start.pt", *QUICK, "--calibrate", "1", "--fit", "1", "--run-dir", "r"]) == 0
     first = torch.load("r/checkpoints/best.pt", weights_only=True)["training"]
+    assert first["inherited"]["fit_steps"] == 1  # BatchNorm's statistics alone were estimated before
     capsys.readouterr()
     assert run(["finetune", "r/checkpoints/best.pt", *QUICK, "--calibrate", "1", "--run-dir", "s"]) == 0
     assert run(["calibrate", "s/checkpoints/best.pt", "--data", "digits", "--batches", "1", "-o", "c.pt"]) == 0

@@ -80,8 +80,9 @@ class Pupil:
         opened = self.opened
         if opened is None:
             return None
-        earlier = {"inherited": self.prepared} if self.prepared else {}
-        return lambda tensors, about: result.with_tensors(opened.payload, tensors, {**about, **earlier})
+        return lambda tensors, about: result.with_tensors(
+            opened.payload, tensors, {**about, "inherited": {**self.prepared, **about["inherited"]}}
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a run's record says of it: `engine.finetune`'s about."""

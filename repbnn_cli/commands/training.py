@@ -46,6 +46,7 @@ def finetune(
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
+    prepares = pupil.inherited and bool(calibrate or fit)
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         running = backends.choose(place, backend, gradients)
@@ -60,8 +61,8 @@ def finetune(
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
-            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1), package=pupil.package(),
-            about=pupil.facts(),
+            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1) if prepares else None,
+            package=pupil.package(), about=pupil.facts(),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
                 backend=running.name, gradients=gradients, compile=compile_mode,
@@ -175,8 +176,7 @@ def calibrate(
     where = pupils.device_of(device)
     feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where)
     pupil.network.to(where)
-    prepare = _preparation(pupil, batches=batches, fit=fit, images=images) or Preparation(batches)
-    inherited = prepare(pupil.network, feed)
+    inherited = _preparation(pupil, batches=batches, fit=fit, images=images)(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     earlier = pupil.opened.payload.get("training", {})
@@ -189,13 +189,10 @@ def calibrate(
     views.say(f"BatchNorm estimated anew on {inherited['calibrated_batches']} batches; wrote {place}")
 
 
-def _preparation(pupil: Pupil, *, batches: int, fit: int, images: int = 2048, alone: bool = True) -> Preparation | None:
-    """What the inherited weights of a pupil still have to go through, and why less than asked for.
-
-    alone: whether one process does it. None where nothing was inherited.
-    """
-    if not pupil.inherited:
-        return None
+def _preparation(
+    pupil: Pupil, *, batches: int, fit: int, images: int = Preparation.images, alone: bool = True
+) -> Preparation:  # fmt: skip
+    """What the weights of a result still have to go through, and why less than asked for; alone: in one process."""
     assert pupil.opened is not None
     reason = None
     if pupil.trained:
