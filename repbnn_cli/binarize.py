@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_SAMPLE = (1, 2, 3)  # all dims of activations (N, C, H, W) but the sample
+FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of activations (N, C, H, W) but the sample
 
 
 class _STESign(Function):
@@ -73,15 +73,18 @@ class _RBNNSign(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         x, t, k = ctx.saved_tensors
-        return grads[0] * ((math.sqrt(2) - t * x.abs()).clamp_min(0) * t * k), None, None
+        return grads[0] * (_rbnn_slope(x, t) * k), None, None
+
+
+def _rbnn_slope(x: Tensor, t: Tensor) -> Tensor:
+    return (math.sqrt(2) - t * x.abs()).clamp_min(0) * t
 
 
 class _StandardisedSign(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor) -> Tensor:
-        mean = x.mean(_SAMPLE, keepdim=True)
-        deviation = (x.var(_SAMPLE, keepdim=True) + 1e-5).sqrt()  # 1e-5: a constant sample's gradient stays finite
-        ctx.save_for_backward(x, mean, deviation, t)
+        mean = x.mean(FILTER, keepdim=True)
+        ctx.save_for_backward(x, mean, sample_deviation(x), t)
         return (x - mean).sign()
 
     @staticmethod
@@ -89,10 +92,10 @@ class _StandardisedSign(Function):
         # Written out: left to autograd, the sums over a sample wait for each other, three passes in the place of two.
         x, mean, deviation, t = ctx.saved_tensors
         standard = (x - mean) / deviation
-        g = grads[0] * ((math.sqrt(2) - t * standard.abs()).clamp_min(0) * t)
+        g = grads[0] * _rbnn_slope(standard, t)
         count = x[0].numel()
-        along = (g * standard).sum(_SAMPLE, keepdim=True) / (count - 1)
-        return (g - g.sum(_SAMPLE, keepdim=True) / count - standard * along) / deviation, None
+        along = (g * standard).sum(FILTER, keepdim=True) / (count - 1)
+        return (g - g.sum(FILTER, keepdim=True) / count - standard * along) / deviation, None
 
 
 class _ScaledSign(Function):
@@ -135,6 +138,11 @@ class _GateStep(Function):
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (step,) = ctx.saved_tensors
         return cast(Tensor, grads[0] * step)
+
+
+def sample_deviation(x: Tensor) -> Tensor:
+    """√(var + 1e-5) of each sample of x (N, C, H, W), (N, 1, 1, 1); 1e-5 keeps a constant sample's gradient finite."""
+    return (x.var(FILTER, keepdim=True) + 1e-5).sqrt()
 
 
 def ste_sign(x: Tensor, window: float = 1.0) -> Tensor:

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repbnn_cli.binarize import (
+    FILTER,
     approx_sign,
     ede_sign,
     gate_step,
     rbnn_sign,
+    sample_deviation,
     scaled_sign,
     standardised_sign,
     ste_sign,
@@ -40,8 +42,6 @@ ConvolveSigns = Callable[[Tensor, Tensor, Pair, Pair], Tensor]
 signs: (N, I, H, W), ±1, or 0 where an activation is exactly 0. kernel: (O, I, kh, kw), ±1 times one scale per filter
 (almost one: see scaled_sign on its last bits; learned ones may be negative), or 0 where a latent weight is exactly 0.
 """
-
-FILTER = (1, 2, 3)  # all dims of a kernel (O, I, kh, kw) but the filter, and of activations (N, C, H, W) but the sample
 
 
 class BinaryConv2d(nn.Module):
@@ -111,6 +111,11 @@ class BinaryConv2d(nn.Module):
         """What the convolution's output is multiplied by, (O, 1, 1)."""
         return None
 
+    def scaled(self, kernel: Tensor) -> Tensor:
+        """The kernel (O, I, kh, kw) times what the output is multiplied by."""
+        scale = self.output_scale()
+        return kernel if scale is None else kernel * scale[:, None]
+
     def resize(self, in_channels: int, out_channels: int) -> None:
         """Take over new channel numbers; the caller replaces the kernel and the per-channel tensors.
 
@@ -121,13 +126,11 @@ class BinaryConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         signs, kernel, scale = self.binarize_input(x), self.binary_weight(), self.output_scale()
-        if scale is None:
-            return self.convolve_signs(signs, kernel)
-        if self.conv_signs is None:
+        if scale is not None and self.conv_signs is None:
             return self.convolve_signs(signs, kernel) * scale
         # Sums of signs are exact there, so the same number comes out, and the scale's gradient is a sum over a kernel
         # instead of one over all outputs.
-        return self.convolve_signs(signs, kernel * scale[:, None])
+        return self.convolve_signs(signs, self.scaled(kernel))
 
     def convolve_signs(self, signs: Tensor, kernel: Tensor) -> Tensor:
         """The convolution of what `ConvolveSigns` takes."""
@@ -280,7 +283,7 @@ class ReCUConv2d(BinaryConv2d):
         return ste_sign(standard.clamp(-quantile, quantile), math.inf)
 
     def binarize_input(self, x: Tensor) -> Tensor:
-        return approx_sign(_divide_by_std(x) if self.training else x)
+        return approx_sign(x / sample_deviation(x) if self.training else x)
 
     def output_scale(self) -> Tensor:
         return self.alpha
@@ -403,11 +406,6 @@ def _standardise(kernel: Tensor) -> Tensor:
     """(w − mean)/std per filter of a kernel (O, I, kh, kw), std with Bessel's correction; a constant filter gives 0."""
     centred = kernel - kernel.mean(FILTER, keepdim=True)
     return centred / centred.std(FILTER, keepdim=True).clamp_min(1e-12)
-
-
-def _divide_by_std(x: Tensor) -> Tensor:
-    """x (N, C, H, W) over its standard deviation per sample; 1e-5 keeps a constant sample's gradient finite."""
-    return x / (x.var(FILTER, keepdim=True) + 1e-5).sqrt()
 
 
 def _random_rotation(size: int) -> Tensor:

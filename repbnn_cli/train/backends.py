@@ -90,9 +90,7 @@ def evaluating_in_8_bits(network: nn.Module) -> Iterator[None]:
             kernel = conv.binary_weight().detach()
             stack.callback(conv.__dict__.pop, "binary_weight")
             conv.__dict__["binary_weight"] = partial(_same, kernel)
-            scale = conv.output_scale()
-            applied = kernel if scale is None else kernel * scale.detach()[:, None]
-            convolve = stack.enter_context(int8_conv2d.held(applied, conv.stride, conv.padding))
+            convolve = stack.enter_context(int8_conv2d.held(conv.scaled(kernel), conv.stride, conv.padding))
             stack.enter_context(signs_convolved_by(conv, convolve))
         yield
 

@@ -425,14 +425,13 @@ class _Trainer:
         return self.ranks.largest(self.signals.received)
 
     def _stopped(self, number: int, saved: Path) -> StoppedError:
-        name = signal.Signals(number).name
-        text = f"stopped by {name} after step {self.step}; saved {saved}; the same command with --resume continues"
-        return StoppedError(text, number)
+        where = f"after step {self.step}; saved {saved}; the same command with --resume continues"
+        return StoppedError(f"stopped by {signal.Signals(number).name} {where}", number)
 
     def _stop_early(self) -> None:
         if number := self._received():
-            name = signal.Signals(number).name
-            raise StoppedError(f"stopped by {name} before the first step; with --resume the command begins", number)
+            where = "before the first step; with --resume the command begins"
+            raise StoppedError(f"stopped by {signal.Signals(number).name} {where}", number)
 
     def _watch(self, loss: Tensor, images: Tensor) -> None:
         if self.ranks.largest(not torch.isfinite(loss)):

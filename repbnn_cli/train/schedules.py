@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.binary_conv import FILTER, BinaryConv2d, IRConv2d, RBNNConv2d, ReCUConv2d
+from repbnn_cli.binarize import FILTER
+from repbnn_cli.binary_conv import BinaryConv2d, IRConv2d, RBNNConv2d, ReCUConv2d
 
 LearningRateName = Literal["cosine", "linear", "step"]
 BinarizationName = Literal["none", "ede", "rbnn", "recu"]
