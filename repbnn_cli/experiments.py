@@ -49,6 +49,7 @@ class Variant(BaseModel):
     distill: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Weight of learning from the source network.")
     fit: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps per convolution that first fit it.")
     set: tuple[Text, ...] = Field((), description="Overrides of the recipe, KEY=VALUE.")
+    table: Text | None = Field(None, description="The paper's table, where it is not the file's.")
     setting: Text | None = Field(None, description="The paper's row, by its setting, e.g. β = 4.")
 
     @property
@@ -106,6 +107,14 @@ class Experiment:
         return self.file.name
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The paper's tables whose figures stand beside ours."""
+        return tuple(dict.fromkeys(filter(None, map(self.table_of, self.file.variants))))
+
+    def table_of(self, variant: str) -> str | None:
+        return self.file.variants[variant].table or self.file.table
+
+    @property
     def cells(self) -> tuple[Cell, ...]:
         made = self.file
         return tuple(
@@ -136,18 +145,20 @@ def loads(text: str, name: str) -> Experiment:
     problems: list[Problem] = []
     if not made.variants:
         problems.append(document.problem(("variants",), "expected at least one"))
-    if made.table is not None:
-        tables = paper.settings()
-        if made.table not in tables:
-            known = f"expected one of {', '.join(tables)}{nearest(made.table, tables)}"
-            problems.append(document.problem(("table",), f"the paper has no accuracies in {made.table!r}; {known}"))
-        for key, variant in made.variants.items():
-            settings = tables.get(made.table, ())
-            if variant.setting is not None and made.table in tables and variant.setting not in settings:
-                known = f"expected one of {', '.join(filter(None, settings)) or 'none: leave it out'}"
-                at = ("variants", key, "setting")
-                problems.append(document.problem(at, f"{made.table} has no such row: {variant.setting!r}; {known}"))
     experiment = Experiment(made, text)
+    tables = paper.settings()
+    named: list[tuple[tuple[str, ...], str | None]] = [(("table",), made.table)]
+    named += [(("variants", key, "table"), variant.table) for key, variant in made.variants.items()]
+    for at, table in named:
+        if table is not None and table not in tables:
+            known = f"expected one of {', '.join(tables)}{nearest(table, tables)}"
+            problems.append(document.problem(at, f"the paper has no accuracies in {table!r}; {known}"))
+    for key, variant in made.variants.items():
+        table = experiment.table_of(key)
+        if variant.setting is not None and table in tables and variant.setting not in tables[table]:
+            known = f"expected one of {', '.join(filter(None, tables[table])) or 'none: leave it out'}"
+            at = ("variants", key, "setting")
+            problems.append(document.problem(at, f"{table} has no such row: {variant.setting!r}; {known}"))
     names = [cell.name for cell in experiment.cells]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         problems.append(document.problem(("networks",), f"two cells would be called {twice[0]}; expected other names"))

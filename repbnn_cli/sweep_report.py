@@ -30,7 +30,7 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
     return {
         "name": sweep.experiment.name,
         "summary": sweep.experiment.file.summary,
-        "table": sweep.experiment.file.table,
+        "tables": list(sweep.experiment.tables),
         "budget": asdict(sweep.budget),
         "rows": [_plain(row) for row in sweep.rows],
         "notes": list(sweep.notes),
@@ -41,8 +41,8 @@ def explanation(sweep: Sweep) -> Iterator[str]:
     """What stands under the table."""
     yield "top-1 in percent: best over epochs, as the published codes report it, and that of the last epoch"
     yield "gain: points over the same network's source variant, paired by seed; ± is the sample standard deviation"
-    if sweep.experiment.file.table:
-        yield f"paper: {sweep.experiment.file.table} of {paper.SOURCE}, trained for the full published schedules"
+    if tables := sweep.experiment.tables:
+        yield f"paper: {', '.join(tables)} of {paper.SOURCE}, trained for the full published schedules"
     yield from sweep.notes
 
 
