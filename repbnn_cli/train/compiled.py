@@ -20,8 +20,8 @@ from repbnn_cli.train.measure import logits_of
 from repbnn_cli.train.recipes import Recipe
 
 MODES = ("auto", "on", "off")
-WORTH = {"cpu": 2e8, "cuda": 6e9}
-"""Pixels (images × height × width, over all epochs) from which compiling pays: 4 and 120 epochs of CIFAR-10."""
+WORTH = {"cpu": 5e7, "cuda": 6e9}
+"""Pixels (images × height × width, over all epochs) from which compiling pays: 1 and 120 epochs of CIFAR-10."""
 
 
 TALK = "BatchNorms of several processes talk to each other within the forward"
