@@ -34,7 +34,7 @@ def repeat_channels(x: Tensor, repeats: int, groups: int = 1) -> Tensor:
 
 
 def _channel_axis(x: Tensor) -> int:
-    """Where a tensor (N, C, ...) has its channels in memory: what repeats them there keeps channels_last."""
+    """Where a tensor (N, C, ...) has its channels in memory: what is done to them there keeps channels_last."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return 3 if last else 1
 
@@ -251,12 +251,16 @@ class ChannelSelect(nn.Module):
 
 def fold(x: Tensor, beta: int) -> Tensor:
     """(N, β·C, ...) in replicas of C → (N·β, C, ...): an operation without parameters then sees the source's shape."""
-    return x.reshape(x.shape[0] * beta, x.shape[1] // beta, *x.shape[2:])
+    if _channel_axis(x) == 1:
+        return x.reshape(x.shape[0] * beta, x.shape[1] // beta, *x.shape[2:])
+    return x.movedim(1, 3).unflatten(3, (beta, -1)).movedim(3, 1).flatten(0, 1).movedim(3, 1)
 
 
 def unfold(x: Tensor, beta: int) -> Tensor:
     """(N·β, C, ...) → (N, β·C, ...), the reverse of `fold`."""
-    return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
+    if _channel_axis(x) == 1:
+        return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
+    return x.movedim(1, 3).unflatten(0, (-1, beta)).movedim(1, 3).flatten(3, 4).movedim(3, 1)
 
 
 def repeat_batch(x: Tensor, beta: int) -> Tensor:

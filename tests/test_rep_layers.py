@@ -252,6 +252,16 @@ def test_fold_puts_replicas_beside_each_other_as_samples() -> None:
     assert torch.equal(unfold(folded, beta), x)
 
 
+def test_fold_keeps_channels_last() -> None:
+    x = noise(2, 12, 5, 4).contiguous(memory_format=torch.channels_last)
+    folded = fold(x, 3)
+    assert torch.equal(folded, fold(x.contiguous(), 3))
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+    again = unfold(folded, 3)
+    assert torch.equal(again, x)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_repeat_batch_stands_beside_a_folded_tensor() -> None:
     x, beta = noise(2, 3, 4), 2
     assert torch.equal(fold(torch.cat([x] * beta, 1), beta), repeat_batch(x, beta))

@@ -17,7 +17,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
-from repbnn_cli.train import backends, compiled, engine, feeds, measure, recipes
+from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
 from repbnn_cli.train.inheritance import Preparation
@@ -49,6 +49,7 @@ def finetune(
     prepares = pupil.inherited and bool(calibrate or fit)
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
+        memory.keep_freed(place)
         running = backends.choose(place, backend, gradients)
         backends.check(pupil.network, backend)
         views.say(*backends.lines(pupil.network, running, ranks))
@@ -136,6 +137,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Accuracy and loss on the test images, on fused kernels where a backend that has them was chosen."""
     where = pupils.device_of(device)
+    memory.keep_freed(where)
     # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
     chosen = choose(where) if backend == "auto" else backends.choose(where, backend)
     pupil = pupils.load(target, arch=arch, model=model)
@@ -174,6 +176,7 @@ def calibrate(
     dataset = pupils.dataset(data, pupil.origin)
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
+    memory.keep_freed(where)
     feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where)
     pupil.network.to(where)
     inherited = _preparation(pupil, batches=batches, fit=fit, images=images)(pupil.network, feed)

@@ -1,9 +1,11 @@
-"""Out of memory: recognised, and turned into the batch size that would fit, which is measured."""
+"""Memory: kept between steps; and out of memory, recognised and turned into the batch size that would fit, measured."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,25 @@ from repbnn_cli.errors import MemoryExceededError
 
 # What PyTorch's allocator says of the computer's own memory, which it has no error class for.
 _CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+# malloc.h of glibc
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def keep_freed(device: torch.device) -> None:
+    """On a CPU: what one step frees stays with this process, for the next step, until the process ends.
+
+    By default glibc hands large blocks back to the system at once, which gives them out again page by page, zeroed: a
+    fifth of a training step of ResNet-20, and a quarter of its Rep network's. No effect on results, and none where the
+    C library is another one.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_MMAP_MAX, 0)
 
 
 def ran_out(error: BaseException) -> bool:
