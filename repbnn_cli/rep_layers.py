@@ -253,14 +253,16 @@ def fold(x: Tensor, beta: int) -> Tensor:
     """(N, β·C, ...) in replicas of C → (N·β, C, ...): an operation without parameters then sees the source's shape."""
     if _channel_axis(x) == 1:
         return x.reshape(x.shape[0] * beta, x.shape[1] // beta, *x.shape[2:])
-    return x.movedim(1, 3).unflatten(3, (beta, -1)).movedim(3, 1).flatten(0, 1).movedim(3, 1)
+    replicas: Tensor = x.movedim(1, 3).unflatten(3, (beta, -1)).movedim(3, 1)
+    return replicas.flatten(0, 1).movedim(3, 1)
 
 
 def unfold(x: Tensor, beta: int) -> Tensor:
     """(N·β, C, ...) → (N, β·C, ...), the reverse of `fold`."""
     if _channel_axis(x) == 1:
         return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
-    return x.movedim(1, 3).unflatten(0, (-1, beta)).movedim(1, 3).flatten(3, 4).movedim(3, 1)
+    replicas: Tensor = x.movedim(1, 3).unflatten(0, (-1, beta)).movedim(1, 3)
+    return replicas.flatten(3, 4).movedim(3, 1)
 
 
 def repeat_batch(x: Tensor, beta: int) -> Tensor:
