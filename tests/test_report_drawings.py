@@ -69,6 +69,49 @@ def overlap_row(one: Shape, other: Shape) -> bool:
     return one.box[1] < other.centre[1] < one.box[3]
 
 
+GAINS = st.builds(charts.Gain, st.sampled_from(["one", "two", "a network, " * 12]), NAMES, st.none() | st.floats(-9, 9),
+                  st.none() | st.floats(0, 9), st.none() | st.floats(-90, 90))  # fmt: skip
+
+
+@few
+@given(st.lists(GAINS, min_size=1, max_size=9))
+def test_gains_of_any_values_fit_and_reach_from_zero(rows: list[charts.Gain]) -> None:
+    found = check_fits(charts.gains("gains", "Gains", rows, "points"))
+    in_order = [r for group in dict.fromkeys(r.group for r in rows) for r in rows if r.group == group]
+    values = [v for r in in_order for v in (r.ours, r.paper) if v is not None]
+    bars = tipped(found, "rect")
+    (zero,) = {s.centre[0] for s in found if s.tag == "line" and s.css == {"axis"} and s.width == 0 and s.height > 20}
+    most = max(map(abs, values), default=0)
+    longest = max((b.width for b in bars), default=0)
+    for bar, value in zip(bars, values, strict=True):
+        assert bar.width == pytest.approx(longest * abs(value) / (most or 1), abs=1)
+        assert bar.box[2 if value < 0 else 0] == pytest.approx(zero, abs=0.02)
+
+
+def test_gains_below_zero_are_left_of_it_and_whiskers_are_one_deviation() -> None:
+    rows = [
+        charts.Gain("one", "up", 1.0, 0.25, 1.5), charts.Gain("two", "down", -2.0, 0.5, -0.5),
+        charts.Gain("two", "alone", 0.75, None, None),
+    ]  # fmt: skip
+    found = check_fits(charts.gains("gains", "", rows, "points"))
+    points = axis(found, vertical=False)
+    bars = {s.tip: s for s in tipped(found, "rect")}
+    assert {tip: tuple(round(points(x), 2) for x in (bar.box[0], bar.box[2])) for tip, bar in bars.items()} == {
+        "one, up, ours: +1.00 ± 0.25 points": (0, 1), "one, up, paper: +1.50 points": (0, 1.5),
+        "two, down, ours: -2.00 ± 0.50 points": (-2, 0), "two, down, paper: -0.50 points": (-0.5, 0),
+        "two, alone, ours: +0.75 points": (0, 0.75),
+    }  # fmt: skip
+    whiskers = [s for s in found if s.tag == "line" and s.css == {"axis"} and s.height == 0 and s.width < 250]
+    assert [tuple(round(points(x), 2) for x in (w.box[0], w.box[2])) for w in whiskers] == [(0.75, 1.25), (-2.5, -1.5)]
+    for bar, whisker in zip((b for tip, b in bars.items() if "±" in tip), whiskers, strict=True):
+        assert bar.box[1] < whisker.centre[1] < bar.box[3]
+    up, names = bars["one, up, ours: +1.00 ± 0.25 points"], {s.words: s for s in found if s.tag == "text"}
+    assert names["one"].centre[1] < names["up"].centre[1] < names["two"].centre[1] < names["down"].centre[1]
+    assert overlap_row(up, names["+1.00 ± 0.25"])
+    without = read(charts.gains("gains", "", [rows[2]], "points"))
+    assert not {"paper", "whisker: ± one standard deviation"} & {s.words for s in without}
+
+
 @few
 @given(st.lists(st.builds(charts.Bar, NAMES, st.sampled_from(["bconv", "bn", "?"]), COUNTS, COUNTS), max_size=90))
 def test_layer_bars_are_as_high_as_the_axis_says(bars: list[charts.Bar]) -> None:
@@ -195,6 +238,17 @@ def test_many_curves_have_names_that_tell_them_apart() -> None:
     looks = [tuple(p.partition(">")[0].split("stroke-dasharray=")[1:]) for p in plot.split("<path ")[1:]]
     colours = [p.split('"')[1] for p in plot.split("<path ")[1:]]
     assert len(set(zip(looks, colours, strict=True))) == 20
+
+
+def test_a_curve_without_points_keeps_the_looks_of_the_others() -> None:
+    made = [charts.Line(f"run-{i}", ((0.0, 1.0 * i), (1.0, 2.0 * i))) for i in range(8)]
+    some = [charts.Line(c.name, ()) if i in (0, 3) else c for i, c in enumerate(made)]
+
+    def looks(found: list[charts.Line]) -> list[str]:
+        paths = charts.lines("run", "", found, across="epoch").body.split("<path ")[1:][::-1]
+        return [re.sub(' d="[^"]*"', "", p.partition("/>")[0]) for p in paths]
+
+    assert looks(some) == [look for i, look in enumerate(looks(made)) if i not in (0, 3)]
 
 
 @few

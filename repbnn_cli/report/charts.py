@@ -27,7 +27,7 @@ KIND_NAMES: Mapping[str, str] = {
     "bconv": "binary convolution", "conv": "float convolution", "bn": "BatchNorm", "fc": "fully connected",
     "other": "elementwise",
 }  # fmt: skip
-BEFORE, AFTER = 5, 1  # their colours in every chart
+BEFORE, AFTER, PAPER = 5, 1, 6  # their colours in every chart
 _MARKERS = ("circle", "square", "diamond", "triangle")
 _TILT = 58  # of the layers' names, in degrees
 _COS, _SIN = math.cos(math.radians(_TILT)), math.sin(math.radians(_TILT))
@@ -72,6 +72,18 @@ class Line:
     colour: int | None = None
 
 
+@dataclass(frozen=True)
+class Gain:
+    """A difference, ours beside the paper's, None where there is none. group: what it stands under; deviation: of ours
+    over several runs."""
+
+    group: str
+    name: str
+    ours: float | None
+    deviation: float | None
+    paper: float | None
+
+
 def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot:
     """Horizontal bars, source above Rep, with their values."""
     left, right, top, row = 130, 52, 34, 46
@@ -89,6 +101,41 @@ def paired_bars(name: str, title: str, pairs: Sequence[Pair], unit: str) -> Plot
     parts.append(line(left, top - 4, left, height - 10, "axis"))
     said = "; ".join(f"{p.name} {compact(p.before)} → {compact(p.after)}" for p in pairs)
     return Plot(name, title, f"{unit}, before → after: {said}.", NARROW, height, "".join(parts))
+
+
+def gains(name: str, title: str, rows: Sequence[Gain], unit: str) -> Plot:
+    """Horizontal bars from zero to either side, ours above the paper's, with their values; a whisker is ± one
+    deviation."""
+    width, top, heading, bottom = 640, 30, 26, 42
+    sides = [("ours", AFTER)] + ([("paper", PAPER)] if any(r.paper is not None for r in rows) else [])
+    row, groups = 8 + 16 * len(sides), list(dict.fromkeys(r.group for r in rows))
+    ground = top + heading * len(groups) + row * len(rows)
+    ends = [0.0, *(r.ours + s * (r.deviation or 0) for r in rows if r.ours is not None for s in (-1, 1)),
+            *(r.paper for r in rows if r.paper is not None)]  # fmt: skip
+    low, high = min(ends), max(ends)
+    margin = 0.04 * ((high - low) or 1.0)
+    names = [fitted(r.name, 170) for r in rows]
+    left = 30 + max((text_width(words) for words in names), default=0)
+    right = width - 16 - max((text_width(words, 10.5) for r in rows for words in _gain_texts(r)), default=0)
+    x = Scale(low - margin * (low < 0), high + margin * (high > 0 or low == high), left, right)
+    spread = "whisker: ± one standard deviation" if any(r.deviation is not None for r in rows) else ""
+    parts, y, values = [_legend(sides, 12, after=spread)[0]], float(top), ticks(x.low, x.high, 6)
+    for group in groups:
+        parts.append(text(12, y + 17, fitted(group, width - 24, 13), "bold"))
+        members = [(one, words) for one, words in zip(rows, names, strict=True) if one.group == group]
+        first, y = y + heading, y + heading + row * len(members)
+        parts += [line(x(tick), first, x(tick), y, "grid") for tick in values]
+        for i, (one, words) in enumerate(members):
+            parts.append(text(left - 10, first + row * (i + 0.5) + 4, words, anchor="end"))
+            parts += _gain_bars(one, sides, x, first + row * i + 4, width - 8, unit)
+        parts.append(line(x(0), first, x(0), y, "axis", width=1.5))
+    parts.append(line(left, ground, right, ground, "axis"))
+    for tick, words in zip(values, _tick_texts(values), strict=True):
+        parts.append(text(x(tick), ground + 16, words, "soft small", anchor="middle"))
+    parts.append(text((left + right) / 2, ground + 34, unit, "soft", anchor="middle"))
+    said = "; ".join(f"{r.group} {r.name} " + ", ".join(
+        f"{side} {words}" for (side, _), words in zip(sides, _gain_texts(r), strict=False)) for r in rows)  # fmt: skip
+    return Plot(name, title, f"{unit}: {said}.", width, round(ground) + bottom, "".join(parts))
 
 
 def layer_bars(name: str, title: str, bars: Sequence[Bar]) -> Plot:
@@ -196,15 +243,16 @@ def lines(
     """Curves over one axis; target: a horizontal line with its name, in a colour of its own."""
     bottom, right = 42, 14
     shown = [c for c in curves if c.points]
+    places = [i for i, c in enumerate(curves) if c.points]  # one without points keeps its looks, for other charts
     xs = [px for c in shown for px, _ in c.points] or [0.0, 1.0]
     ys = [py for c in shown for _, py in c.points] + ([target[1]] if target else []) or [0.0, 1.0]
     y_low, y_high = rounded_range(min(ys), max(ys))
     y_low, y_high = y_low if low is None else low, y_high if high is None else high
     left = max(48.0, 14 + max(text_width(words, 10.5) for words in _tick_texts(ticks(y_low, y_high))))
-    colours = [one.colour or i % 5 + 1 for i, one in enumerate(shown)]
+    colours = [one.colour or i % 5 + 1 for i, one in zip(places, shown, strict=True)]
     dashes = [
-        "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 5 % 4 if len(shown) > 5 else i % 4]
-        for i, one in enumerate(shown)
+        "5 4" if one.colour == BEFORE else "" if one.colour else _DASHES[i // 5 % 4 if len(curves) > 5 else i % 4]
+        for i, one in zip(places, shown, strict=True)
     ]
     named = [(one.name, colour) for one, colour in zip(shown, colours, strict=True)]
     legend, lowest = _legend(named, left, room=NARROW - left - right, dashes=dashes)
@@ -221,7 +269,7 @@ def lines(
     parts.append(text((left + NARROW - right) / 2, height - 8, across, "soft", anchor="middle"))
     parts.append(text(6, top - 10, unit, "soft small"))
     if target:
-        parts.append(line(left, y(target[1]), NARROW - right, y(target[1]), "s6", width=1.5, dash="7 4"))
+        parts.append(line(left, y(target[1]), NARROW - right, y(target[1]), f"s{PAPER}", width=1.5, dash="7 4"))
     drawn = []
     for one, colour, dash in zip(shown, colours, dashes, strict=True):
         pixels = [(x(px), y(min(max(py, y_low), y_high))) for px, py in one.points]
@@ -242,6 +290,33 @@ def lines(
 
 def _fill(kind: str) -> str:
     return f"f{KIND_COLOURS.get(kind, 5)}"
+
+
+def _gain_bars(one: Gain, sides: Sequence[tuple[str, int]], x: Scale, y: float, end: float, unit: str) -> Iterator[str]:
+    """The bars of one row, 16 pixels apart; end: where their values stand."""
+    for (side, colour), value, words in zip(sides, (one.ours, one.paper), _gain_texts(one), strict=False):
+        yield text(end, y + 11, words, "small", anchor="end")
+        if value is not None:
+            left, right = sorted((x(0), x(value)))
+            tip = f"{one.group}, {one.name}, {side}: {words} {unit}"
+            yield rect(left, y, right - left, 14, f"f{colour}", tip=tip)
+            if side == "ours" and one.deviation is not None:
+                yield _whisker(x(value - one.deviation), x(value + one.deviation), y + 7)
+        y += 16
+
+
+def _whisker(left: float, right: float, y: float) -> str:
+    """On a strip of the ground's colour, so that it is seen on a bar as well as beside it."""
+    strip = rect(left, y - 2.5, right - left, 5, "ground")
+    caps = "".join(line(x, y - 4, x, y + 4, "axis", width=1.5) for x in (left, right))
+    return strip + line(left, y, right, y, "axis", width=1.5) + caps
+
+
+def _gain_texts(one: Gain) -> tuple[str, str]:
+    """Ours and the paper's."""
+    spread = "" if one.deviation is None else f" ± {one.deviation:.2f}"
+    ours = "–" if one.ours is None else f"{one.ours:+.2f}{spread}"
+    return ours, "–" if one.paper is None else f"{one.paper:+.2f}"
 
 
 def _horizontal_grid(
