@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class Row:
     @property
     def finished(self) -> tuple[RunRecord, ...]:
         return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """Of the runs that were begun, each number once."""
+        return tuple(sorted({run.epochs for run in self.runs}))
 
 
 @dataclass(frozen=True)
@@ -152,17 +157,27 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Unequal budgets, missing runs, one seed, and what the data are."""
-    found = [run for row in rows for run in row.runs]
-    notes = [note for run in found for note in run.data_notes]
-    budgets = {run.epochs for run in found}
-    if len(budgets) > 1:
-        notes.append(f"budgets differ between runs: {', '.join(map(str, sorted(budgets)))} epochs")
-    elif budgets:
-        notes.append(f"every run has {budgets.pop()} epochs")
+    """What the data are, equal and unequal budgets, missing runs, one seed."""
+    notes = [note for row in rows for run in row.runs for note in run.data_notes]
+    notes += _budgets(rows)
     missing = sum(row.seeds - len(row.finished) for row in rows)
     if missing:
         notes.append(f"{missing} of {sum(row.seeds for row in rows)} runs are not finished and not in the figures")
     if any(row.best and row.best.n == 1 for row in rows):
         notes.append("figures of one seed have no spread: differences of a few tenths of a point mean nothing")
     return tuple(dict.fromkeys(notes))
+
+
+def _budgets(rows: Sequence[Row]) -> Iterator[str]:
+    """Comparisons are within a network: two networks may have as many epochs as their own recipes say."""
+    of_network: dict[str, set[int]] = {}
+    for row in rows:
+        of_network.setdefault(row.network, set()).update(row.epochs)
+    found = set[int]().union(*of_network.values())
+    unequal = {network: epochs for network, epochs in of_network.items() if len(epochs) > 1}
+    for network, epochs in unequal.items():
+        yield f"{network}: budgets differ between its runs: {', '.join(map(str, sorted(epochs)))} epochs"
+    if len(found) == 1:
+        yield f"every run has {found.pop()} epochs"
+    elif found and not unequal:
+        yield "all runs of a network have the same number of epochs, so both sides of every comparison do"
