@@ -38,7 +38,7 @@ def report(
         bool, typer.Option("--timestamp/--no-timestamp", help="State when the report was made.")
     ] = False,
     model: Model = None,
-    sweep: Annotated[str | None, typer.Option("--sweep", help="The table of a sweep's folder instead.")] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="Folder of a sweep: report on that instead.")] = None,
     force: Force = False,
 ) -> None:
     """The comparison, ready for a pull request or a talk.
@@ -50,16 +50,12 @@ def report(
     repbnn report --markdown -o REPORT.md
     repbnn report --html -o report.html --images photos/ --layer layer2.0.conv1
     repbnn report runs/rep-irnet-cifar10-seed0 --runs runs/raw --html -o report.html
-    repbnn report --sweep runs/table-3 --markdown
+    repbnn report --sweep runs/table-3 --markdown -o table-3.md
     """
-    if sweep is not None:
-        from repbnn_cli.commands import sweep as sweeps
-
-        sweeps.report(sweep, target=target, as_json=as_json, output=output, force=force)
-        return
     from repbnn_cli.commands import report as commands
 
     commands.report(
         target, others or [], html=html, markdown=markdown, as_json=as_json, output=output, plots=plots,
-        run_folders=run_folders or [], images=images or [], layer=layer, timestamp=timestamp, model=model, force=force,
+        run_folders=run_folders or [], images=images or [], layer=layer, timestamp=timestamp, model=model, sweep=sweep,
+        force=force,
     )  # fmt: skip

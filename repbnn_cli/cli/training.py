@@ -126,7 +126,7 @@ def sweep(
     \b
     Examples:
     repbnn sweep experiments/table-3.yaml --data cifar10:DIR --epochs 40 --jobs 2
-    repbnn report --sweep runs/table-3 --markdown
+    repbnn report --sweep runs/table-3 --markdown -o table-3.md
     """
     from repbnn_cli.commands import sweep as commands
 

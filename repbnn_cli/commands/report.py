@@ -1,10 +1,10 @@
-"""`repbnn report`: everything about one transform, or about training runs, for people to read."""
+"""`repbnn report`: everything about one transform, about training runs, or about a sweep, for people to read."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repbnn_cli import anatomy, image_files, paper, result, runs, shapes, tensor_stats, views, writing
+from repbnn_cli import anatomy, image_files, paper, result, runs, shapes, sweeps, tensor_stats, views, writing
 from repbnn_cli import report as room
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import costs, targets
@@ -37,7 +37,7 @@ class _Inputs:
 def report(
     target: str | None, others: Sequence[str], *, html: bool, markdown: bool, as_json: bool, output: str | None,
     plots: str | None, run_folders: Sequence[str], images: Sequence[str], layer: str | None, timestamp: bool,
-    model: str | None, force: bool,
+    model: str | None, sweep: str | None, force: bool,
 ) -> None:  # fmt: skip
     """A page, Markdown with its drawings, or JSON."""
     if html + markdown + as_json > 1:
@@ -47,16 +47,11 @@ def report(
     if layer is not None and not images:
         raise UsageError("--layer: is for feature maps; give --images as well")
     targets.check_output(output, force=force)
-    path, records = _subject(target, run_folders)
-    if path is None:
-        title = records[0].path.name if len(records) == 1 else f"{len(records)} training runs"
-        document = room.runs_document(records, title)
-        plain: dict[str, Any] = {"runs": room.runs_as_list(records)}
+    if sweep is not None:
+        others_given = {"--runs": run_folders, "--images": images, "--timestamp": timestamp, "--model": model}
+        document, plain = _of_sweep(sweep, {target or "": target, **others_given})
     else:
-        opened = result.open_result(path, model)
-        given = _given(opened, records, timestamp=timestamp, evidence=_evidence(opened, others, images, layer, model))
-        made = room.build(given)
-        document, plain = room.document(made), room.as_dict(made)
+        document, plain = _of_result(target, others, run_folders, images, layer, model, timestamp=timestamp)
     if as_json:
         targets.deliver(views.json_text(plain), output, force=force)
     elif html:
@@ -64,6 +59,30 @@ def report(
     else:
         folder = _write_plots(document, output, plots, force=force)
         targets.deliver(room.markdown(document, folder), output, force=force)
+
+
+def _of_sweep(folder: str, beside: Mapping[str, object]) -> tuple[room.Document, dict[str, Any]]:
+    """The report of a sweep, finished or not. beside: what was given and belongs to other reports."""
+    for name, value in beside.items():
+        if value:
+            raise UsageError(f"{name}: --sweep {folder} is a report of its own; give one of them")
+    read = sweeps.read(folder)
+    return room.sweep_document(read), room.sweep_as_dict(read)
+
+
+def _of_result(
+    target: str | None, others: Sequence[str], run_folders: Sequence[str], images: Sequence[str], layer: str | None,
+    model: str | None, *, timestamp: bool,
+) -> tuple[room.Document, dict[str, Any]]:  # fmt: skip
+    """The report of a result with its runs, or of runs alone."""
+    path, records = _subject(target, run_folders)
+    if path is None:
+        title = records[0].path.name if len(records) == 1 else f"{len(records)} training runs"
+        return room.runs_document(records, title), {"runs": room.runs_as_list(records)}
+    opened = result.open_result(path, model)
+    given = _given(opened, records, timestamp=timestamp, evidence=_evidence(opened, others, images, layer, model))
+    made = room.build(given)
+    return room.document(made), room.as_dict(made)
 
 
 def _subject(target: str | None, run_folders: Sequence[str]) -> tuple[str | None, list[RunRecord]]:

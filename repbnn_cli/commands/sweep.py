@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repbnn_cli import experiments, runs, sweep_report, sweeps, views
-from repbnn_cli.commands import targets
+from rich.table import Table
+
+from repbnn_cli import experiments, report, runs, sweeps, views
 from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
 from repbnn_cli.experiments import Cell, Experiment
-from repbnn_cli.sweeps import Budget
+from repbnn_cli.sweeps import Budget, Sweep
 
 COMMAND = (sys.executable, "-m", "repbnn_cli")
 
@@ -40,23 +41,29 @@ def sweep(
     failed = _run_all(experiment, budget, folder, jobs, device)
     read = sweeps.read(folder)
     if as_json:
-        views.print_json(sweep_report.as_dict(read))
+        views.print_json(report.sweep_as_dict(read))
     else:
-        views.console().print(sweep_report.terminal(read))
-        views.say(*sweep_report.explanation(read))
+        views.console().print(_table(read))
+        views.say(*report.sweep_explanation(read))
     if failed:
         logs = ", ".join(str(folder / sweeps.LOGS / f"{name}.log") for name in failed)
         raise RepbnnError(f"{len(failed)} of {len(experiment.cells)} cells failed; see {logs}")
 
 
-def report(folder: str, *, target: str | None, as_json: bool, output: str | None, force: bool) -> None:
-    """The table of a sweep, finished or not."""
-    if target is not None:
-        raise UsageError(f"{target}: --sweep {folder} is a report of its own; give one of them")
-    targets.check_output(output, force=force)
-    read = sweeps.read(folder)
-    text = views.json_text(sweep_report.as_dict(read)) if as_json else sweep_report.markdown(read)
-    targets.deliver(text, output, force=force)
+def _table(read: Sweep) -> Table:
+    """As in the report, for 80 columns: networks above their variants, epochs left to the notes, no figure broken."""
+    columns = [name for name in report.SWEEP_COLUMNS if name != "epochs"]
+    made = views.table("variant")
+    made.padding = (0, 1, 0, 0)
+    for name in columns:
+        made.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    network = None
+    for row in read.rows:
+        if row.network != network:
+            made.add_row(row.network)
+        network, texts = row.network, report.sweep_figures(row)
+        made.add_row(f"  {row.variant}", *(texts[name] for name in columns))
+    return made
 
 
 def _steps(

@@ -10,6 +10,7 @@ from typing import Any
 from repbnn_cli import paper
 from repbnn_cli.report.value import INHERIT, Evidence, PaperCost, Report, printed
 from repbnn_cli.runs import RunRecord
+from repbnn_cli.sweeps import Row, Sweep
 from repbnn_cli.tables import CONVENTION, cost_as_dict
 
 
@@ -55,6 +56,28 @@ def runs_as_list(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         [asdict(run) | {"path": run.path.name, "epochs": run.epochs, "distance": run.distance} for run in runs]
     )
     return plain
+
+
+def sweep_as_dict(sweep: Sweep) -> dict[str, Any]:
+    """The table of a sweep with the runs of each row."""
+    return {
+        "name": sweep.experiment.name,
+        "summary": sweep.experiment.file.summary,
+        "tables": list(sweep.experiment.tables),
+        "budget": asdict(sweep.budget),
+        "rows": [_row(row) for row in sweep.rows],
+        "notes": list(sweep.notes),
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    spreads = {key: None if (s := getattr(row, key)) is None else asdict(s) for key in ("best", "last", "gain")}
+    return {
+        "network": row.network, "variant": row.variant, "seeds": row.seeds, **spreads,
+        "published": row.published, "published_gain": row.published_gain,
+        "runs": [{"path": str(run.path), "seed": run.seed, "epochs": run.epochs, "best_top1": run.best_top1,
+                  "last_top1": run.last_top1, "state": run.state} for run in row.runs],
+    }  # fmt: skip
 
 
 def _evidence(evidence: Evidence) -> dict[str, Any]:

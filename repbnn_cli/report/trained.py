@@ -113,7 +113,7 @@ def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]
         for record in records:
             for part, value in parts:
                 name = ", ".join(n for n in (names[record.path] if both else "", part) if n)
-                found.append(Curve(name or names[record.path], _points(record, value)))
+                found.append(Curve(name or names[record.path], points(record, value)))
         return [c for c in found if c.points]
 
     across = "epoch (stages one after the other)" if any(len(r.stages) > 1 for r in records) else "epoch"
@@ -130,15 +130,15 @@ def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]
     return made
 
 
-def _points(record: RunRecord, value: Value) -> tuple[tuple[float, float], ...]:
+def points(record: RunRecord, value: Value) -> tuple[tuple[float, float], ...]:
     """(epoch, value), epochs counted over all stages; what is not finite has no place in a chart."""
     offsets, total = {}, 0
     for stage in record.stages:
         offsets[stage.name] = total
         total += stage.epochs
-    points = []
+    made = []
     for row in record.rows:
         found = value(row)
         if isinstance(found, int | float) and abs(found) < float("inf"):
-            points.append((float(offsets.get(row["stage"], 0) + row["epoch"]), float(found)))
-    return tuple(points)
+            made.append((float(offsets.get(row["stage"], 0) + row["epoch"]), float(found)))
+    return tuple(made)
