@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_engine import assert_same_run, rows
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from train_examples import recipe, run, tiny, toy
 
 from repbnn_cli.errors import StoppedError, UsageError
@@ -124,3 +125,22 @@ def test_an_evaluation_is_compiled_for_batches_of_one_size() -> None:
     assert not network.training
     too_few = compiled.inference_of(network, "auto", images, 6)
     assert too_few.note == "network not compiled: the run is too short to repay it; --compile on does it all the same"
+
+
+def test_hardtanhs_mask_is_no_boolean_on_a_cpu_and_its_gradient_the_same() -> None:
+    """At the bounds, too, where the gradient is 0; behind a product the mask alone is kept for the backward."""
+    unit = torch.eye(64)
+    x = torch.cat([torch.linspace(-1, 3, 4094), torch.tensor([0.5, 2.0])]).view(64, 64).requires_grad_()
+
+    def gradient(forward: Any) -> torch.Tensor:
+        (found,) = torch.autograd.grad(forward(x).sum(), x)
+        return found
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return F.hardtanh(x @ unit, 0.5, 2.0)
+
+    torch._dynamo.reset()
+    with compiled.float_masks():
+        found, code = run_and_get_code(gradient, torch.compile(forward, dynamic=False))
+    assert torch.equal(found, gradient(forward))
+    assert not any("bool*" in part for part in code), "a mask of booleans is kept"

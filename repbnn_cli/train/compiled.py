@@ -7,7 +7,8 @@ arguments alone: a resumed run decides as it did at its beginning, and ends with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +68,8 @@ def _forward(
         # Shapes as they are: a step's never change but for the last batch of a folder, which compiles once more.
         compiled = torch.compile(network, dynamic=False)
         whole = example.clone(memory_format=torch.preserve_format)
-        reason = _failure(network, compiled, whole, train=train)
+        with float_masks() if example.device.type == "cpu" else nullcontext():
+            reason = _failure(network, compiled, whole, train=train)
         if reason is None:
             return Forward(compiled, True, f"{what} compiled by torch.compile")
         if mode == "on":
@@ -91,6 +93,27 @@ def _against(mode: str, example: Tensor, images: int, processes: int) -> str | N
     if images * example[0, 0].numel() < WORTH[kind]:
         return "the run is too short to repay it; --compile on does it all the same"
     return None
+
+
+@contextmanager
+def float_masks() -> Iterator[None]:
+    """While a CPU's step is compiled: hardtanh's gradient by a factor that is 0 or 1 instead of a mask.
+
+    Where a mask is kept from the forward for the backward, it is stored as booleans, one after the other: ten times the
+    time of the hardtanh itself.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    def factor(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+        return grad * torch.minimum(x - low, high - x).clamp_min(0).sign()
+
+    table, operator = select_decomp_table(), torch.ops.aten.hardtanh_backward.default
+    before = table[operator]
+    table[operator] = factor
+    try:
+        yield
+    finally:
+        table[operator] = before
 
 
 def _failure(
