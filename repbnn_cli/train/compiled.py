@@ -68,8 +68,7 @@ def _forward(
         # Shapes as they are: a step's never change but for the last batch of a folder, which compiles once more.
         compiled = torch.compile(network, dynamic=False)
         whole = example.clone(memory_format=torch.preserve_format)
-        with float_masks() if example.device.type == "cpu" else nullcontext():
-            reason = _failure(network, compiled, whole, train=train)
+        reason = _failure(network, compiled, whole, train=train)
         if reason is None:
             return Forward(compiled, True, f"{what} compiled by torch.compile")
         if mode == "on":
@@ -125,10 +124,11 @@ def _failure(
     with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
         try:
             network.train(train)
-            with torch.set_grad_enabled(train):
-                logits = logits_of(compiled(example))
-            if train:
-                logits.square().mean().backward()
+            with float_masks() if example.device.type == "cpu" else nullcontext():
+                with torch.set_grad_enabled(train):
+                    logits = logits_of(compiled(example))
+                if train:
+                    logits.square().mean().backward()
         except Exception as error:  # whatever a compiler may raise: it is said, and the run goes on without
             if not memory.ran_out(error):  # the first step will meet that, too, and knows what to say
                 text = str(error).strip()
