@@ -50,7 +50,7 @@ def test_the_experiments_of_the_repository_are_valid(file: Path) -> None:
 
 
 def test_every_variant_of_a_table_has_its_figure_in_the_paper() -> None:
-    for file in (ROOT / "experiments").glob("table-*.yaml"):
+    for file in (ROOT / "experiments").glob("table*.yaml"):
         made = experiments.load(str(file))
         for network in made.file.networks:
             for name in made.file.variants:
@@ -72,6 +72,12 @@ def test_cells_are_networks_times_variants_times_seeds() -> None:
     [
         ("table: Table 3", "table: Table 9", "tiny.yaml:3 table: the paper has no accuracies in 'Table 9'"),
         ("β = 4", "β = 16", "tiny.yaml:8 variants.beta-4.setting: Table 3 has no such row: 'β = 16'"),
+        (
+            "beta: 4,",
+            "beta: 4, table: Table 4,",
+            "tiny.yaml:8 variants.beta-4.setting: Table 4 has no such row: 'β = 4'",
+        ),
+        ("beta: 4,", "beta: 4, table: Table 9,", "tiny.yaml:8 variants.beta-4.table: the paper has no accuracies in"),
         ("beta: 4", "betta: 4", "tiny.yaml:8 variants.beta-4.betta"),
         ("[3, 5]", "[]", "tiny.yaml:10 seeds: found a list; expected at least one"),
         ("[irnet_resnet20]", "[irnet_resnet20, x/irnet_resnet20.pt]", "two cells would be called"),
