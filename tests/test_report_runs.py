@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from drawings import axis, read
-from train_examples import run, tiny, toy
+from train_examples import OWN_NETWORK, own_network, run, tiny, toy
 
 from repbnn_cli import cli, report, runs
 from repbnn_cli.binary_conv import GatedConv2d
@@ -268,34 +268,14 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.C
     assert not list(tmp_path.iterdir())
 
 
-NET = """
-from torch import nn
-
-from repbnn_cli.binary_conv import IRConv2d
-
-def make():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), IRConv2d(8, 8, 3), nn.BatchNorm2d(8),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-    )
-"""
-
-
-def small() -> torch.nn.Module:
-    space: dict[str, Any] = {}
-    exec(NET, space)
-    made: torch.nn.Module = space["make"]()
-    return made
-
-
 def test_the_run_of_a_result_gives_its_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Rep network after training: the summary has what best.pt reached, the landscape a point for it."""
     pytest.importorskip("sklearn", reason="needs the extra `digits`")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "net", raising=False)
-    Path("net.py").write_text(NET)
+    Path("net.py").write_text(OWN_NETWORK)
     torch.manual_seed(0)
-    torch.save({"state_dict": small().state_dict(), "best_prec1": 12.5}, "own.pt")
+    torch.save({"state_dict": own_network().state_dict(), "best_prec1": 12.5}, "own.pt")
     own = ["--model", "net.py:make"]
     quick = ["--data", "digits", "--set", "augmentation=none", "--set", "batch=256", "--epochs", "1", "--run-dir", "r"]
     assert cli.run(["transform", "own.pt", *own, "--input-size", "3x32x32", "-o", "rep.pt"]) == 0

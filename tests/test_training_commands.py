@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from train_examples import OWN_NETWORK, own_network
 
 import repbnn_cli
 from repbnn_cli import runs
@@ -49,29 +49,15 @@ def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixtu
     assert (inherited["fit_steps"], inherited["calibrated_batches"]) == (1, 2)
 
 
-SMALL = """
-from torch import nn
-from repbnn_cli.binary_conv import IRConv2d
-
-def make():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), IRConv2d(8, 8, 3), nn.BatchNorm2d(8),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-    )
-"""
-
-
 def test_a_trained_result_is_not_fitted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither by more training nor by calibration, and it keeps what is known of its training and its beginning."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "small", raising=False)
-    Path("small.py").write_text(SMALL)
-    space: dict[str, Any] = {}
-    exec(SMALL, space)
-    torch.save(space["make"]().state_dict(), "own.pt")
-    own, data = ["--model", "small.py:make"], ["--data", "digits"]
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    Path("net.py").write_text(OWN_NETWORK)
+    torch.save(own_network().state_dict(), "own.pt")
+    own, data = ["--model", "net.py:make"], ["--data", "digits"]
     assert run(["transform", "own.pt", *own, "--input-size", "3x32x32", "-o", "rep.pt"]) == 0
     assert run(["calibrate", "rep.pt", *own, *data, "--batches", "1", "--fit", "0", "-o", "start.pt"]) == 0
     assert run(["finetune", "start.pt", *own, *QUICK, "--calibrate", "1", "--fit", "1", "--run-dir", "r"]) == 0

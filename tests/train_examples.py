@@ -75,6 +75,27 @@ def run(folder: Path, *changes: str, network: nn.Module | None = None, **argumen
     return engine.finetune(network or tiny(), made.pop("dataset"), made.pop("recipe"), folder, **made)
 
 
+OWN_NETWORK = """
+from torch import nn
+
+from repbnn_cli.binary_conv import IRConv2d
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), IRConv2d(8, 8, 3), nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )
+"""
+
+
+def own_network() -> nn.Module:
+    """A small network as a user has it; OWN_NETWORK is its file."""
+    space: dict[str, Any] = {}
+    exec(OWN_NETWORK, space)
+    made: nn.Module = space["make"]()
+    return made
+
+
 def main() -> None:
     """`python train_examples.py FOLDER [resume]`: a run that says each step and can be killed at any moment."""
     torch.set_num_threads(1)
