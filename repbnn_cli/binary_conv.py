@@ -49,7 +49,8 @@ class BinaryConv2d(nn.Module):
 
     A kind defines binarize_input and binary_weight, and output_scale where it has one. Its tensors are named by
     kernel_name, out_channel_tensors (one value per output channel) and in_channel_tensors (one per input channel); all
-    other tensors are its own business and are re-created by resize.
+    other tensors are its own business and are re-created by resize. starts_by_fan_in: whether a new latent kernel is
+    the smaller, the more inputs a filter has.
     """
 
     kernel_name: str = "weight"
@@ -59,6 +60,7 @@ class BinaryConv2d(nn.Module):
     activation_bits: ClassVar[int] = 1
     groups: ClassVar[int] = 1
     conv_signs: ConvolveSigns | None = None
+    starts_by_fan_in: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -76,12 +78,6 @@ class BinaryConv2d(nn.Module):
         self.padding = _pair(padding)
         self.weight = nn.Parameter(torch.empty(self.kernel_shape))
         self._start_kernel(self.weight)
-
-    def reset_parameters(self) -> None:
-        """Fresh values for kernel and per-channel tensors, as in a new layer of the present channel numbers."""
-        kernel: Tensor = getattr(self, self.kernel_name)
-        self._start_kernel(kernel.detach().view(self.kernel_shape))
-        self._start_channel_tensors()
 
     def _start_kernel(self, kernel: Tensor) -> None:
         nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
@@ -296,6 +292,8 @@ class SignConv2d(BinaryConv2d):
     `weights`, (O·I·kh·kw, 1), as Bi-Real Net and ReActNet publish it, else as `weight`, (O, I, kh, kw).
     Source: Bi-Real Net, Liu et al., arXiv 1808.00278, section 3.3.
     """
+
+    starts_by_fan_in = False
 
     def __init__(
         self,

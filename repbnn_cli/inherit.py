@@ -63,8 +63,11 @@ class Mean:
     def __call__(self, tensor: Tensor) -> Tensor:
         table = self.members.table().to(tensor.device)
         picked = tensor.index_select(self.axis, table.flatten()).unflatten(self.axis, table.shape)
-        mean: Tensor = picked.mean(self.axis + 1) if tensor.is_floating_point() else picked.select(self.axis + 1, 0)
-        return mean
+        return picked.mean(self.axis + 1) if tensor.is_floating_point() else self.first(tensor)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Of each group the first value, instead of the mean."""
+        return tensor.index_select(self.axis, self.members.table()[:, 0].to(tensor.device))
 
     def result_shape(self, source: torch.Size) -> tuple[int, ...]:
         """Of what this makes of a tensor of the shape `source`."""
@@ -121,6 +124,10 @@ class Kernel:
         found = layout(tuple(source), self.shape, self._new_shape)
         assert found is not None, f"{tuple(source)} is no layout of {self.shape}"
         return found
+
+    @property
+    def result_fan_in(self) -> int:
+        return torch.Size(self._new_shape[1:]).numel()
 
     def made(self, tensor: Tensor, own: Tensor) -> bool:
         """Whether `own` is what this makes of `tensor`, without making it again."""

@@ -18,9 +18,6 @@ class LearnableBias(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias
 

@@ -106,11 +106,19 @@ def from_checkpoint(
 
 def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:
     """A network of the zoo as it starts training, its initialisation drawn with the seed. Raises UsageError."""
+    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[arch].input_shape,)
+    origin = Origin(arch, None, {}, None, shape)
+    return Source(newly_built(origin, seed), origin, reason=f"fresh from the zoo, seed {seed}: not trained")
+
+
+def newly_built(origin: Origin, seed: int) -> nn.Module:
+    """The network of an origin as its own code starts it, in eval mode, drawn with the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = zoo.build(arch).eval()
-    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[arch].input_shape,)
-    return Source(network, Origin(arch, None, {}, None, shape), reason=f"fresh from the zoo, seed {seed}: not trained")
+        if origin.arch is not None:
+            return zoo.build(origin.arch, origin.num_classes).eval()
+        assert origin.model is not None
+        return build_user_model(origin.model, dict(origin.model_args)).eval()
 
 
 def from_origin(origin: Origin) -> nn.Module:

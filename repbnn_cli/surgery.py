@@ -19,6 +19,7 @@ from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
+from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import holds_tensor, positions
 from repbnn_cli.probe import ConvCalls
@@ -79,18 +80,21 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     return found
 
 
-def apply(plan: Plan, state: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> fx.GraphModule:
+def apply(
+    plan: Plan, state: Mapping[str, Tensor] | None = None, *, fresh: Mapping[str, Tensor] | None = None, seed: int = 0
+) -> fx.GraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
     dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
     become the same tensor. state: take all tensors from this state dict of a Rep network instead of inheriting them.
-    seed: of fresh values (`inherit: none`).
+    fresh: for `inherit: none`, the tensors of a newly built source network by name; where not given, the plan's own
+    network is taken to be new. seed: of what is drawn from them.
     """
     with running(plan.network.module):
-        return _apply(plan, state, seed)
+        return _apply(plan, state, _Start(plan, fresh or {}, seed) if state is None else None)
 
 
-def _apply(plan: Plan, state: Mapping[str, Tensor] | None, seed: int) -> fx.GraphModule:
+def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None) -> fx.GraphModule:
     source = plan.network.module
     edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
@@ -100,8 +104,10 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, seed: int) -> fx.Grap
         tree.__dict__[kind] = _copied(source.__dict__[kind], memo)
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
-        _carry_out(tree, edit, plan, made, state, seed)
+        _carry_out(tree, edit, plan, made, state, start)
     _part_from_source(tree, edited)
+    if start is not None:
+        start.renew(tree)
     for path, module in plan.added.items():
         parent, _, name = path.rpartition(".")
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
@@ -145,28 +151,22 @@ def _carry_out(
     plan: Plan,
     made: dict[tuple[int, Any], Tensor],
     state: Mapping[str, Tensor] | None,
-    seed: int,
+    start: _Start | None,
 ) -> None:
-    if edit.action == "per_replica":
+    if edit.action in ("per_replica", "repeat_output"):
         return
     if edit.action == "parameter":
-        _set_tensors(fetch_parent(tree, edit), edit, made, state)
+        _set_tensors(fetch_parent(tree, edit), edit, made, state, start)
         return
     module = fetch(tree, edit.path)
-    if edit.action == "repeat_output":
-        if edit.reset and state is None:
-            _reset(module, plan.layers[edit.path], seed)
-        return
     layer = plan.layers[edit.path]
     assert edit.channels is not None
     if isinstance(module, BinaryConv2d):
         module.resize(*edit.channels)
-    _set_tensors(module, edit, made, state)
+    _set_tensors(module, edit, made, state, start)
     _set_known_numbers(module, edit)
     if not type(module).__module__.startswith(("torch.nn.", "repbnn_cli.")):
         _fit_numbers(module, edit, layer, plan.network)
-    if edit.reset and state is None:
-        _reset(module, layer, seed)
     if isinstance(module, RBNNConv2d) and state is None:
         module.rotate_()  # R1 and R2 have other sizes now
     if edit.action == "rep_conv":
@@ -184,8 +184,9 @@ def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
 
 
 def _set_tensors(
-    module: nn.Module, edit: ModuleEdit, made: dict[tuple[int, Any], Tensor], state: Mapping[str, Tensor] | None
-) -> None:
+    module: nn.Module, edit: ModuleEdit, made: dict[tuple[int, Any], Tensor], state: Mapping[str, Tensor] | None,
+    start: _Start | None,
+) -> None:  # fmt: skip
     for name, recipe in edit.tensors:
         owner_path, _, leaf = name.rpartition(".")
         owner = fetch(module, owner_path) if owner_path else module
@@ -197,7 +198,12 @@ def _set_tensors(
             if stored is not None and tuple(stored.shape) != expected:
                 raise RuntimeError(f"{edit.tensor_path(name)} is {tuple(stored.shape)}, expected {expected}")
             with torch.no_grad():
-                value = recipe(old.detach()).contiguous() if stored is None else stored
+                if stored is not None:
+                    value = stored
+                elif edit.reset and start is not None:
+                    value = start.value(edit, name, recipe, old.detach(), module)
+                else:
+                    value = recipe(old.detach()).contiguous()
             made[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         kind = owner._parameters if leaf in owner._parameters else owner._buffers
         kind[leaf] = made[key]  # type: ignore[assignment]
@@ -315,19 +321,46 @@ def _number_choices(
         )
 
 
-def _reset(module: nn.Module, layer: Layer, seed: int) -> None:
-    """`--inherit none`: a fresh start, the same one for the same seed; scales and shifts of norms back to 1 and 0.
+# ---------------------------------------------------------------------------------------------------------------------
+# `--inherit none`
 
-    What has no `reset_parameters` keeps its values, but for the kernel.
+
+class _Start:
+    """The values of a network that is to be trained from scratch, as the source's own code starts its layers.
+
+    A kernel gets the values of the newly built source's kernel, shuffled, divided by √(its fan-in / the source's): what
+    the usual initialisations (Kaiming, LeCun, torch's own) give a kernel of its size, whichever the network uses.
+    Everything else (scales, shifts, slopes, thresholds) is what the new source has.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(zlib.crc32(layer.path.encode(), seed))  # layers of one size must not start alike
-        for part in module.modules():
-            reset = getattr(part, "reset_parameters", None)
-            if callable(reset):
-                reset()
-        if layer.kernel and not callable(getattr(module, "reset_parameters", None)):
-            kernel: Tensor = fetch(module, layer.kernel)
-            fan_in = kernel.numel() // max(1, getattr(module, "out_channels", 0) or kernel.shape[0])
-            bound = fan_in**-0.5  # torch's own default for convolutions
-            kernel.uniform_(-bound, bound)
+
+    def __init__(self, plan: Plan, fresh: Mapping[str, Tensor], seed: int) -> None:
+        self._plan, self._fresh, self._seed = plan, fresh, seed
+        self._edited = {e.tensor_path(name) for e in plan.edits for name, _ in e.tensors}
+
+    def value(self, edit: ModuleEdit, name: str, recipe: Recipe, own: Tensor, module: nn.Module) -> Tensor:
+        """What one tensor of an edited module, `own` in the source, starts with."""
+        new = self._fresh.get(edit.tensor_path(name), own).to(own)
+        layer = self._plan.layers.get(edit.path)
+        if isinstance(recipe, Kernel):
+            growth = recipe.result_fan_in / torch.Size(recipe.shape[1:]).numel()
+        elif isinstance(recipe, Columns):
+            growth = len(recipe.groups) / new.shape[1]
+        elif layer is not None and name in (layer.kernel, *layer.same_tensors):
+            growth = 1.0
+        else:
+            return (recipe.first(new) if isinstance(recipe, Mean) else recipe(new)).contiguous()
+        shape = torch.Size(recipe.result_shape(new.shape))
+        random = torch.Generator().manual_seed(zlib.crc32(edit.path.encode(), self._seed))  # equal layers start unlike
+        rounds = -(-shape.numel() // new.numel())
+        order = torch.cat([torch.randperm(new.numel(), generator=random) for _ in range(rounds)])[: shape.numel()]
+        drawn = new.flatten()[order.to(new.device)].reshape(shape)
+        return drawn / growth**0.5 if getattr(module, "starts_by_fan_in", True) else drawn
+
+    @torch.no_grad()
+    def renew(self, tree: nn.Module) -> None:
+        """Gives the layers that no rule resizes the new network's values."""
+        if self._plan.rules.options.inherit != "none" or self._plan.rules.options.beta == 1:
+            return
+        for name, tensor in (*tree.named_parameters(), *tree.named_buffers()):
+            if name in self._fresh and name not in self._edited and tensor.shape == self._fresh[name].shape:
+                tensor.copy_(self._fresh[name])

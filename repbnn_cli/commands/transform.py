@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repbnn_cli import result, runs, source, surgery, views
 from repbnn_cli import rules as rulebook
@@ -14,10 +15,12 @@ from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
+from repbnn_cli.inherit import Kernel
 from repbnn_cli.plan import Plan
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
+from repbnn_cli.tracer import fetch
 from repbnn_cli.verify import Certificate
 
 
@@ -46,7 +49,8 @@ def transform(
         if dry_run:
             _show_plan(src, plan, as_json=as_json)
             return
-        rep = surgery.apply(plan, seed=seed)
+        afresh = rule_set.options.inherit == "none" and not from_zoo
+        rep = surgery.apply(plan, fresh=_new_tensors(src, plan, seed) if afresh else None, seed=seed)
         certificate = certify(src, plan, rep, mode=verify)
     payload = result.payload_of(src, plan, rep, certificate, slim=slim)
     if certificate.passed:
@@ -65,6 +69,20 @@ def make_plan(src: Source, rules: RuleSet) -> Plan:
     known = [(path, type_names(m)) for path, m in src.model.named_modules() if path]
     rules.check_declared((), known)
     return surgery.plan(network, rules)
+
+
+def _new_tensors(src: Source, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """The tensors of the source network as its own code starts them, for `--inherit none`."""
+    new = source.newly_built(src.origin, seed)
+    tensors = {name: t.detach() for name, t in (*new.named_parameters(), *new.named_buffers())}
+    for edit in plan.edits:
+        for name in (edit.tensor_path(n) for n, recipe in edit.tensors if isinstance(recipe, Kernel)):
+            if name in tensors and torch.equal(tensors[name], fetch(src.model, name)):
+                raise UsageError(
+                    f"--inherit none: {src.origin.name} gives a network with the checkpoint's {name}; expected one "
+                    "with new weights (a callable that loads nothing)"
+                )
+    return tensors
 
 
 def certify(src: Source, plan: Plan, rep: torch.fx.GraphModule, *, mode: str) -> Certificate:
