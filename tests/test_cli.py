@@ -354,6 +354,31 @@ def test_own_network_without_a_rule_file(own_network: Path, capsys: pytest.Captu
     assert run(["report", result, "--model", "net.py:Net"]) == 0
 
 
+def test_own_network_from_scratch(own_network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It starts as its own code starts it, and that code has to start something."""
+    (own_network / "start.py").write_text(
+        "import torch, net\n"
+        "def make():\n"
+        "    made = net.Net(num_classes=5)\n"
+        "    torch.nn.init.normal_(made.conv.weight, std=3.0)\n"
+        "    torch.nn.init.constant_(made.bn1.weight, 0.25)\n"
+        "    return made\n"
+        "def trained():\n"
+        "    made = make()\n"
+        "    made.load_state_dict(torch.load('own.pt'))\n"
+        "    return made\n"
+    )
+    options = ["--input-size", "3x16x16", "--inherit", "none", "--model"]
+    assert run(["transform", "own.pt", *options, "start.py:make", "-o", "rep.pt"]) == 0
+    tensors = torch.load("rep.pt", weights_only=True)["tensors"]
+    assert float(tensors["conv.weight"].std()) == pytest.approx(3 / 2**0.5, rel=0.1)
+    assert tensors["bn1.weight"].eq(0.25).all()
+    capsys.readouterr()
+    assert run(["transform", "own.pt", *options, "start.py:trained", "-o", "no.pt"]) == 2
+    assert "start.py:trained gives conv.weight the same values whatever the seed" in error_of(capsys)
+    assert not Path("no.pt").exists()
+
+
 # -- help and documentation ------------------------------------------------------------------------------
 
 

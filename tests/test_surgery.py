@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph, surgery, verify, zoo
+from repbnn_cli.binary_conv import SignConv2d
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.inherit import Kernel, Members
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, RepConv2d, RepMixin
@@ -71,28 +72,65 @@ def test_reshape_is_the_literal_reshape(beta: int) -> None:
         assert torch.equal(own, source.reshape(source.shape[0] // beta, source.shape[1] * beta, *source.shape[2:]))
 
 
-def test_none_starts_afresh_and_always_the_same() -> None:
-    one = transformed(residual(), inherit="none")[1]
-    plan = planned(residual(), inherit="none")
-    torch.rand(3)
+def new(seed: int = 1) -> Residual:
+    torch.manual_seed(seed)
+    return Residual().eval()
+
+
+def test_none_starts_as_a_new_source_does_and_always_the_same() -> None:
+    """Whatever was trained; kernels at the scale of their own fan-in, as torch's initialisation draws them."""
+    fresh = new().state_dict()
+    one = surgery.apply(planned(residual(), inherit="none"), fresh=fresh)
+    plan = planned(new(seed=5), inherit="none")
     before = torch.get_rng_state()
-    two = surgery.apply(plan)
+    two = surgery.apply(plan, fresh=fresh)
     assert torch.equal(torch.get_rng_state(), before)
-    folded = transformed(residual())[1]
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    for name in ("stem", "conv1", "shortcut", "fc"):
-        assert not torch.equal(one.get_submodule(name).weight, folded.get_submodule(name).weight)
-        bound = one.get_submodule(name).weight[0].numel() ** -0.5
-        assert bound / 2 < float(one.get_submodule(name).weight.detach().abs().max()) <= bound
+    assert torch.equal(one.stem.weight, fresh["stem.weight"])  # is not resized
+    for name in ("conv1", "shortcut", "fc"):
+        own, source = one.get_submodule(name).weight.detach(), fresh[f"{name}.weight"]
+        growth = own[0].numel() / source[0].numel()
+        bound = own[0].numel() ** -0.5
+        assert bound / 2 < float(own.abs().max()) <= bound
+        drawn, whole = own.flatten() * growth**0.5, source.flatten().repeat(own.numel() // source.numel())
+        torch.testing.assert_close(drawn.sort().values, whole.sort().values)
+        assert not torch.allclose(drawn, whole)  # shuffled
+    other = surgery.apply(planned(residual(), inherit="none"), fresh=fresh, seed=1)
+    assert not torch.equal(one.conv1.weight, other.conv1.weight)
     equal = Body(nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), conv(8, 8), nn.BatchNorm2d(8)))
+    with torch.no_grad():
+        equal.body[2].weight.copy_(equal.body[0].weight)
     first, _, second, _ = transformed(equal, inherit="none")[1].body.children()
     assert not torch.equal(first.weight, second.weight)
-    assert one.bn1.weight.eq(1).all()
-    assert one.bn1.bias.eq(0).all()
-    assert one.bn1.running_mean.eq(0).all()
-    assert one.bn1.running_var.eq(1).all()
+    for norm in (one.bn, one.bn1):
+        assert norm.weight.eq(1).all()
+        assert norm.bias.eq(0).all()
+        assert norm.running_mean.eq(0).all()
+        assert norm.running_var.eq(1).all()
     assert one.act.weight.eq(0.25).all()
+
+
+def test_none_keeps_the_initialisation_that_the_source_chose() -> None:
+    """Kaiming-normal kernels, a residual that starts at 0."""
+    fresh = new()
+    nn.init.kaiming_normal_(fresh.conv1.weight)
+    nn.init.zeros_(fresh.bn1.weight)
+    rep = transformed(fresh, inherit="none")[1]
+    expected = nn.init.kaiming_normal_(torch.empty_like(rep.conv1.weight)).std()
+    assert float(rep.conv1.weight.detach().std() / expected) == pytest.approx(1, abs=0.1)
+    assert rep.bn1.weight.eq(0).all()
+
+
+def test_near_zero_latent_kernels_start_at_one_scale_whatever_their_size() -> None:
+    """As ReActNet starts them."""
+    torch.manual_seed(0)
+    fresh = zoo.build("reactnet_resnet18").eval()
+    rep = transformed(fresh, (3, 32, 32), inherit="none")[1]
+    for path, module in fresh.named_modules():
+        if isinstance(module, SignConv2d):
+            own = rep.get_submodule(path).weight.detach().abs()
+            assert 0.9e-3 < float(own.max()) <= 1e-3, path
 
 
 def test_kernel_recipe_by_hand() -> None:

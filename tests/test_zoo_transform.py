@@ -180,10 +180,10 @@ WAYS = ("all", "1_over_beta", "1_over_beta2")
 def test_every_way_of_inheriting_and_every_last_layer(name: str, inherit: str, last_layer: str) -> None:
     model = network(name)
     plan = planned(model, (3, 16, 16), rules_for(name), inherit=inherit, last_layer=last_layer)
-    rep = surgery.apply(plan)
+    fresh = inherit == "none"
+    rep = surgery.apply(plan, fresh=zoo.build(name).state_dict() if fresh else None)
     certificate = verify.verify(model, plan, rep, gradients=False, batch=1)
     assert [c.summary for c in certificate.checks if not c.passed] == []
-    fresh = inherit == "none"
     if fresh and last_layer == "all":
         head = rep.linear.weight
         assert not torch.equal(head[:, :64], head[:, 64:])  # fresh values, nothing tiled
@@ -260,7 +260,10 @@ def test_certificate_of_foreign_and_own_networks_compares_gradients() -> None:
 def test_nothing_trained_is_left_without_inheriting(name: str) -> None:
     """Two trainings of the same network give the same fresh Rep network."""
     shape = (3, size(name), size(name))
-    made = [surgery.apply(planned(network(name, seed=seed), shape, inherit="none")) for seed in (1, 2)]
+    torch.manual_seed(3)
+    fresh = zoo.build(name).state_dict()
+    plans = [planned(network(name, seed=seed), shape, inherit="none") for seed in (1, 2)]
+    made = [surgery.apply(plan, fresh=fresh) for plan in plans]
     for (key, a), b in zip(made[0].state_dict().items(), made[1].state_dict().values(), strict=True):
         assert torch.equal(a, b), key
 

@@ -20,7 +20,6 @@ from repbnn_cli.plan import Plan
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
-from repbnn_cli.tracer import fetch
 from repbnn_cli.verify import Certificate
 
 
@@ -73,14 +72,15 @@ def make_plan(src: Source, rules: RuleSet) -> Plan:
 
 def _new_tensors(src: Source, plan: Plan, seed: int) -> dict[str, Tensor]:
     """The tensors of the source network as its own code starts them, for `--inherit none`."""
-    new = source.newly_built(src.origin, seed)
-    tensors = {name: t.detach() for name, t in (*new.named_parameters(), *new.named_buffers())}
-    for edit in plan.edits:
-        for name in (edit.tensor_path(n) for n, recipe in edit.tensors if isinstance(recipe, Kernel)):
-            if name in tensors and torch.equal(tensors[name], fetch(src.model, name)):
+    tensors = source.newly_built(src.origin, seed).state_dict()
+    if src.origin.model is not None:  # code that is not known to start anything
+        again = source.newly_built(src.origin, seed + 1).state_dict()
+        kernels = (e.tensor_path(n) for e in plan.edits for n, recipe in e.tensors if isinstance(recipe, Kernel))
+        for name in kernels:
+            if name in tensors and torch.equal(tensors[name], again[name]):
                 raise UsageError(
-                    f"--inherit none: {src.origin.name} gives a network with the checkpoint's {name}; expected one "
-                    "with new weights (a callable that loads nothing)"
+                    f"--inherit none: {src.origin.name} gives {name} the same values whatever the seed; expected "
+                    "a callable that builds a new network and loads nothing"
                 )
     return tensors
 
