@@ -206,7 +206,7 @@ class Options(_Model):
     """What holds for the whole transform; flags of the command line override it."""
 
     beta: Factor = Field(2, description="β: channels × β, repeat × β².")
-    inherit: Inherit = Field("fold", description="How a trained kernel fills the RepConv's; none: as a new source starts.")
+    inherit: Inherit = Field("fold", description="How a trained kernel fills the RepConv's; none: like a new source.")
     last_layer: Share = Field("all", description="Ways 1, 2 and 3: the share of its inputs that the last layer takes.")
 
 
