@@ -12,6 +12,7 @@ import pytest
 from repbnn_cli.cli import run
 from repbnn_cli.rule_models import schema
 from repbnn_cli.rule_reference import reference
+from repbnn_cli.train import reconstruct
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
@@ -56,6 +57,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "net", raising=False)  # of another test in this process
+    monkeypatch.setattr(reconstruct, "MEMORY", 2**26)  # some eighty images are enough to see that it fits
     network, start, load = blocks("tutorial.md")
     (tmp_path / "net.py").write_text(network)
     exec(compile(start, "start.py", "exec"), {})

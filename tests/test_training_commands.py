@@ -13,6 +13,7 @@ from train_examples import OWN_NETWORK, own_network
 import repbnn_cli
 from repbnn_cli import runs
 from repbnn_cli.cli import run
+from repbnn_cli.train import reconstruct
 
 pytest.importorskip("sklearn", reason="needs the extra `digits`")
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
@@ -27,7 +28,10 @@ def rep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "checkpoints" / "ckpt-rep2.repbnn.pt"
 
 
-def test_finetune_a_result_gives_a_result(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_a_result_gives_a_result(
+    rep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reconstruct, "MEMORY", 2**26)  # of some eighty images, which makes the fit a short one
     capsys.readouterr()
     assert run(["finetune", str(rep), *QUICK, "--calibrate", "2", "--fit", "1", "--distill", "0.5", "--run-dir", "r",
                 "--json"]) == 0  # fmt: skip
