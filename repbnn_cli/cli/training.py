@@ -62,6 +62,10 @@ def finetune(
     fit: Annotated[
         int, typer.Option("--fit", help="Steps per convolution that first fit inherited weights to their source.")
     ] = 200,
+    spread: Annotated[
+        float,
+        typer.Option("--spread", min=0, help="Of a fresh RepBNN: the copies' BatchNorm shifts from -SPREAD to SPREAD."),
+    ] = 0.0,
     arch: Arch = None,
     model: Model = None,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
@@ -100,7 +104,7 @@ def finetune(
     training.finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
-        teacher_model=teacher_model, calibrate=calibrate, fit=fit, arch=arch, model=model,
+        teacher_model=teacher_model, calibrate=calibrate, fit=fit, spread=spread, arch=arch, model=model,
         save_every=save_every, eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend,
         gradients=gradients, compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force,
         as_json=as_json,

@@ -91,6 +91,8 @@ def _steps(
         train += ["--distill", str(variant.distill)]
     if variant.fit is not None:
         train += ["--fit", str(variant.fit)]
+    if variant.spread:
+        train += ["--spread", str(variant.spread)]
     if device:
         train += ["--device", device]
     if (run_dir / runs.RECORD).exists():

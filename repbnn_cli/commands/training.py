@@ -31,9 +31,9 @@ _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float, teacher: str | None,
-    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, arch: str | None, model: str | None,
-    save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, gradients: str, compile_mode: str,
-    tensorboard: bool, output: str | None, force: bool, as_json: bool,
+    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, spread: float, arch: str | None,
+    model: str | None, save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, gradients: str,
+    compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe."""
     targets.check_output(output, force=force)
@@ -46,7 +46,10 @@ def finetune(
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
+    if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
+        raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
     prepares = pupil.inherited and bool(calibrate or fit)
+    prepare = Preparation(0, spread=spread) if spread else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         memory.keep_freed(place)
@@ -62,7 +65,7 @@ def finetune(
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
-            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1) if prepares else None,
+            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1) if prepares else prepare,
             package=pupil.package(), about=pupil.facts(),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,

@@ -1,4 +1,4 @@
-"""What a report says of how near the Rep network came to its source when it was calibrated, layer by layer."""
+"""What a report says of how a Rep network was prepared for training: how near it came to its source, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from repbnn_cli.report.document import Block, Code, Figures, Folded, Paragraph, 
 def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
     """training: what a result says of itself; the `fit` in it maps paths to the shares missed before and after."""
     prepared = training.get("inherited", {})
+    if spread := prepared.get("spread"):
+        yield Paragraph(f"BatchNorm shifts of the copies started apart, from {-spread:g} to {spread:g} (`--spread`).")
     fit = prepared.get("fit")
     if not fit:
         return

@@ -1,6 +1,7 @@
-"""What inherited weights go through before anything is trained: a fit to the source network, new BatchNorm statistics.
+"""What a Rep network goes through before anything is trained.
 
-One preparation for `repbnn calibrate`, which writes its outcome, and for `repbnn finetune`, which trains on from it.
+Inherited weights: a fit to the source network, new BatchNorm statistics; one preparation for `repbnn calibrate`, which
+writes its outcome, and for `repbnn finetune`, which trains on from it. Fresh ones: on request, thresholds set apart.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from repbnn_cli.errors import UsageError
 from repbnn_cli.plan import Plan
+from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d
 from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.feeds import Feed
 from repbnn_cli.train.reconstruct import Fitted
@@ -22,20 +26,23 @@ class Preparation:
     """plan: what made the network, None to leave its kernels as they are; fit: steps of Adam per convolution.
 
     images: training images to fit on, without labels, or as many as memory holds; batches: of training images over
-    which BatchNorm statistics are then estimated, 0 for none. on_note, on_unit: hear what happens.
+    which BatchNorm statistics are then estimated, 0 for none. spread: see spread_shifts, 0 for none.
+    on_note, on_unit: hear what happens.
     """
 
     batches: int
     plan: Plan | None = None
     fit: int = 200
     images: int = 2048
+    spread: float = 0.0
     on_note: Callable[[str], None] | None = None
     on_unit: Callable[[Fitted], None] | None = None
 
-    def key(self) -> dict[str, int]:
+    def key(self) -> dict[str, float]:
         """What the prepared weights depend on, beside network, data and seed."""
         fitted = self.plan is not None
-        return {"batches": self.batches, "fit": self.fit if fitted else 0, "images": self.images if fitted else 0}
+        key = {"batches": self.batches, "fit": self.fit if fitted else 0, "images": self.images if fitted else 0}
+        return key | ({"spread": self.spread} if self.spread else {})
 
     def __call__(
         self, network: nn.Module, feed: Feed, after_unit: Callable[[], None] | None = None
@@ -59,6 +66,31 @@ class Preparation:
             self.plan.network.module.to(measure.device_of(network))
             units = reconstruct.reconstruct(self.plan, network, batches, steps=self.fit, on_unit=heard)
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
+        if self.spread:
+            spread_shifts(network, self.spread)
+            facts["spread"] = self.spread
         if self.batches:
             facts["calibrated_batches"] = measure.calibrate(network, feed.train.epoch(0), self.batches)
         return facts
+
+
+@torch.no_grad()
+def spread_shifts(network: nn.Module, width: float) -> None:
+    """Sets the shifts of the β² copies that each BatchNorm behind a RepConv makes apart, from -width to width.
+
+    All replicas of a fresh RepBNN carry the same values, and it takes training long to part them; until then it has β
+    times fewer features than its source. With shifts apart the sign behind each copy has a threshold of its own, and
+    the copies of a convolution channel together are an activation of several levels. Replicas of a source channel get
+    levels on either side of 0. Unit: standard deviations of the normalised output. This tool's own, not the paper's.
+
+    Raises UsageError for a network without such a BatchNorm.
+    """
+    norms = [m for m in network.modules() if isinstance(m, RepBatchNorm1d | RepBatchNorm2d) and m.bias is not None]
+    norms = [m for m in norms if m.repeats == m.beta**2 > 1]
+    if not norms:
+        raise UsageError("--spread: no BatchNorm of this network repeats a RepConv's output; leave it out")
+    for norm in norms:
+        groups = torch.arange(norm.beta)
+        order = torch.cat([q * norm.beta + (groups.flip(0) if q % 2 else groups) for q in range(norm.beta)])
+        shifts = torch.linspace(-width, width, norm.repeats)[order].to(norm.bias)
+        norm.bias.add_(shifts.repeat_interleave(norm.num_features // norm.repeats))
