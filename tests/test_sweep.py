@@ -96,7 +96,14 @@ def test_a_dry_run_prints_the_commands(here: Path, capsys: pytest.CaptureFixture
     assert len(lines) == 6  # four runs, two transforms before them
     assert lines[2].startswith("repbnn transform irnet_resnet20 --beta 4 --seed 3 -o ")
     assert "--epochs 7 --set optimizer.lr=0.05 --set batch=64" in lines[3]
+    assert "--spread" not in lines[3]
     assert list(here.iterdir()) == [here / "tiny.yaml"]
+
+
+def test_a_variant_may_spread(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tiny.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0.5,"), "utf-8")
+    assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0
+    assert "--spread 0.5" in capsys.readouterr().out.splitlines()[3]
 
 
 def run_in(folder: Path, top1: list[float], epochs: int | None = None) -> None:
