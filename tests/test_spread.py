@@ -65,7 +65,11 @@ def test_from_the_command_line(
         start = ["transform", "own.pt", *own, "--input-size", "3x32x32", "--inherit", inherit, "-o", f"{inherit}.pt"]
         assert run(start) == 0
     quick = ["--data", "digits", "--set", "augmentation=none", "--set", "batch=256", "--epochs", "1", "--spread", "0.5"]
+    tip = "a short run gains from --spread 0.75"
+    assert run(["finetune", "none.pt", *own, *quick[:-2], "--run-dir", "plain"]) == 0
+    assert tip in capsys.readouterr().err
     assert run(["finetune", "none.pt", *own, *quick, "--run-dir", "r"]) == 0
+    assert tip not in capsys.readouterr().err
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     trained = torch.load("r/checkpoints/best.pt", weights_only=True)["training"]

@@ -43,7 +43,7 @@ def finetune(
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
     weight = [f"distillation.weight={distill}"] if distill else []
-    chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages)
+    chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=spread)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
     if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
@@ -80,7 +80,9 @@ def finetune(
         _deliver(pupil, outcome, dataset, output, force=force, as_json=as_json)
 
 
-def _recipe(pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[str], stages: list[str]) -> Recipe:
+def _recipe(
+    pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[str], stages: list[str], spread: float
+) -> Recipe:
     """The recipe named, else the network's default, which is then said; with what the command line changes."""
     chosen = recipes.load(named, pupil.origin.arch) if named else recipes.for_network(pupil.origin)
     if named is None:
@@ -96,7 +98,10 @@ def _recipe(pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[s
         return chosen
     stage = chosen.stages[0]
     rate_given = any(change.partition("=")[0].endswith("optimizer.lr") for change in sets)
-    if pupil.inherited and not pupil.trained and stage.total >= _SHORT * epochs and not rate_given:
+    short = stage.total >= _SHORT * epochs and not pupil.trained
+    if short and pupil.beta is not None and not pupil.inherited and not spread:
+        views.say("tip: a RepBNN learns slowly from scratch at first; a short run gains from --spread 0.75")
+    if short and pupil.inherited and not rate_given:
         rate = stage.optimizer.lr
         views.say(
             f"tip: lr {rate:g} is made for {stage.total} {stage.unit} from scratch; a short run keeps more of what was "
