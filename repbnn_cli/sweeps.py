@@ -136,7 +136,7 @@ def _row(experiment: Experiment, begun: dict[Cell, RunRecord], network: str, nam
             run = begun[cell]
             if (cell.network, cell.variant_name) == (network, source) and run.finished and cell.seed in finished:
                 gains.append((finished[cell.seed].best_top1 or 0.0) - (run.best_top1 or 0.0))
-    table = experiment.table_of(name)
+    table = None if variant.spread else experiment.table_of(name)  # the paper's networks start with copies alike
     stated = paper.row(zoo.ARCHS[network], table, variant.setting) if network in zoo.ARCHS and table else None
     published = None if stated is None else stated.rep if variant.transforms else stated.raw
     gain = None
