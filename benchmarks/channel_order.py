@@ -13,7 +13,6 @@ for inputs that resemble their neighbours (`--by kernels`). What it is worth: do
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 
 import networkx
 import torch
@@ -37,12 +36,13 @@ def main() -> None:
     network = source.from_checkpoint(given.checkpoint).model.eval()
     images = first_images(given.data)
     covariances = covariances_of(network, images)
-    costs = {
-        stage: sum(missed(cov if given.by == "outputs" else by_kernels(network, norm, cov)) for norm, cov in group)
-        for stage, group in by_stage(covariances)
-    }
-    orders = orders_of([costs[stage] for stage in sorted(costs)])
-    for (stage, group), order in zip(by_stage(covariances), orders, strict=True):
+    stages = by_stage(covariances)
+    costs = [
+        sum(missed(cov if given.by == "outputs" else by_kernels(network, norm, cov)) for norm, cov in group)
+        for group in stages
+    ]
+    orders = orders_of(costs)
+    for stage, (group, order) in enumerate(zip(stages, orders, strict=True), 1):
         was, now = (
             sum(float(missed(cov)[pairs(o)].sum()) for _, cov in group) / len(group) for o in (range(len(order)), order)
         )
@@ -81,11 +81,10 @@ def covariances_of(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def by_stage(covariances: dict[str, Tensor]) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
-    """(1, [...]), (2, [...]), (3, [...]); the stem's BatchNorm feeds stage 1."""
-    for stage in (1, 2, 3):
-        start = f"layer{stage}."
-        yield stage, [(n, c) for n, c in covariances.items() if n.startswith(start) or (stage == 1 and n == "bn1")]
+def by_stage(covariances: dict[str, Tensor]) -> list[list[tuple[str, Tensor]]]:
+    """The BatchNorms of stages 1, 2 and 3; the stem's feeds stage 1."""
+    starts = (("layer1.", "bn1"), "layer2.", "layer3.")
+    return [[(name, cov) for name, cov in covariances.items() if name.startswith(start)] for start in starts]
 
 
 def by_kernels(network: nn.Module, norm: str, covariance: Tensor) -> Tensor:
@@ -130,11 +129,11 @@ def orders_of(costs: list[Tensor]) -> list[Order]:
     return orders
 
 
-def matched(cost: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The pairs of a perfect matching of the least cost, each as in `pairs`."""
+def matched(cost: Tensor, allowed: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs of a perfect matching of the least cost, each as in `allowed`."""
     graph = networkx.Graph()
-    graph.add_weighted_edges_from((a, b, -float(cost[a, b])) for a, b in pairs)
-    known = set(pairs)
+    graph.add_weighted_edges_from((a, b, -float(cost[a, b])) for a, b in allowed)
+    known = set(allowed)
     found = networkx.max_weight_matching(graph, maxcardinality=True)
     return sorted(edge if edge in known else edge[::-1] for edge in found)
 

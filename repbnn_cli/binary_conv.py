@@ -82,9 +82,6 @@ class BinaryConv2d(nn.Module):
     def _start_kernel(self, kernel: Tensor) -> None:
         nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
-    def _start_channel_tensors(self) -> None:
-        """A kind with learned values per channel starts them here."""
-
     @property
     def kernel_shape(self) -> tuple[int, int, int, int]:
         """(O, I, kh, kw)."""
@@ -192,15 +189,12 @@ class RBNNConv2d(BinaryConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
         self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
         self.rotate = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
-        self._start_channel_tensors()
+        nn.init.uniform_(self.alpha)
+        nn.init.constant_(self.rotate, math.pi / 2)
         n1, n2 = self._rotation_sizes()
         self.register_buffer("R1", _random_rotation(n1))
         self.register_buffer("R2", _random_rotation(n2))
         self.t, self.k = _schedule_end()
-
-    def _start_channel_tensors(self) -> None:
-        nn.init.uniform_(self.alpha)
-        nn.init.constant_(self.rotate, math.pi / 2)
 
     def _rotation_sizes(self) -> tuple[int, int]:
         """n1·n2 = I·kh·kw, n1 the largest divisor that is at most the square root."""
@@ -267,9 +261,6 @@ class ReCUConv2d(BinaryConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
         self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
         self.register_buffer("tau", torch.tensor(0.85))
-        self._start_channel_tensors()
-
-    def _start_channel_tensors(self) -> None:
         nn.init.uniform_(self.alpha)
 
     def binary_weight(self) -> Tensor:
@@ -360,9 +351,6 @@ class GatedConv2d(FracConv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
         self.threshold = nn.Parameter(torch.empty(1, out_channels, 1, 1))
-        self._start_channel_tensors()
-
-    def _start_channel_tensors(self) -> None:
         nn.init.constant_(self.threshold, -1.0)
 
     def binarize_input(self, x: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ def finetune(
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
     if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
         raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
-    prepares = pupil.inherited and bool(calibrate or fit)
     prepare = Preparation(0, spread=spread) if spread else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
@@ -63,9 +62,11 @@ def finetune(
         watcher = run_views.watcher(lengths) if ranks.first else None
         stack.enter_context(watcher or nullcontext())
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
+        if pupil.inherited and (calibrate or fit):
+            prepare = _preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1)
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
-            prepare=_preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1) if prepares else prepare,
+            prepare=prepare,
             package=pupil.package(), about=pupil.facts(),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
