@@ -106,8 +106,8 @@ def finetune(
     """Trains `network` in place by a recipe, from the weights it has, and writes the run's folder.
 
     epochs: length of every stage instead of the recipe's. resume: continue the run in run_dir; all arguments have to
-    be those of its beginning. teacher: the network to distil from. prepare: what inherited weights go through before
-    the first step; the accuracy after that is epoch 0 of the metrics.
+    be those of its beginning. teacher: the network to distil from. prepare: what the weights go through before
+    the first step; the accuracy after that, where they are inherited ones, is epoch 0 of the metrics.
     package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
     about: what the run's record says of the network, plain values: name, arch, beta, target, sha256, source_top1.
     ranks: the processes that train together, each with the same arguments; rank 0 alone writes.
@@ -201,6 +201,7 @@ class _Trainer:
     def begin(self, prepare: Preparation | None) -> None:
         if prepare is not None:
             self.inherited = prepare(self.network, self.feed, self._stop_early)
+        if prepare is not None and not prepare.spread:  # fresh weights know nothing yet
             result = self._evaluate(self.network)
             self.last_top1 = result.top1
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
