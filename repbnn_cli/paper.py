@@ -79,6 +79,9 @@ TABLE_1: Mapping[str, tuple[Rounded, Rounded]] = {
 TABLE_2_SOURCE = 1069696
 TABLE_2_OPS: Mapping[str, int] = {"all": 1070336, "1_over_beta": 1069696, "1_over_beta2": 1069376}
 WAYS = {"all": "last layer way 1", "1_over_beta": "last layer way 2", "1_over_beta2": "last layer way 3"}
+BEFORE = "BatchNorm before the repeat"
+# Rule sets that give the network of the paper's main results (last-layer-1 to 3: by the last layer that they choose).
+_RULES = frozenset(["reptran", "reptran-released", "full-precision", "last-layer-1", "last-layer-2", "last-layer-3"])
 
 
 def _variants(
@@ -96,7 +99,7 @@ def _betas(method: str, raw: float, *rep: float) -> tuple[Accuracy, ...]:
 
 
 def _places(method: str, after: float, before: float) -> tuple[Accuracy, ...]:
-    settings = {"BatchNorm after the repeat": after, "BatchNorm before the repeat": before}
+    settings = {"BatchNorm after the repeat": after, BEFORE: before}
     return tuple(Accuracy("Table 4", CIFAR, "ResNet-20", method, None, v, s) for s, v in settings.items())
 
 
@@ -183,6 +186,17 @@ def row(arch: Arch, table: str, setting: str | None) -> Accuracy | None:
     """A network's row in a table; setting None: its first one, whose source figure all of them share."""
     found = (a for a in accuracies(arch) if a.table == table and setting in (None, a.setting))
     return next(found, None)
+
+
+def setting(beta: int, last_layer: str, rules: str) -> str | None:
+    """The ablations' name for a RepBNN made with these options; None for one that the paper has no figure of."""
+    if rules == "bn-before-repeat":
+        return BEFORE if (beta, last_layer) == (2, "all") else None
+    if rules not in _RULES:
+        return None
+    if last_layer == "all":
+        return f"β = {beta}"
+    return WAYS[last_layer] if beta == 2 else None
 
 
 def costs(arch: Arch, beta: int, last_layer: str) -> tuple[Cost, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import RulesError, UsageError
 from repbnn_cli.source import Origin
-from repbnn_cli.train import recipe_models, recipes
+from repbnn_cli.train import recipe_models, recipes, state
 
 # systems.md's table: recipe → optimiser, lr, schedule, decay of kernels and of others, batch, length, binarization.
 TABLE = {
@@ -96,7 +97,7 @@ def test_every_network_of_the_zoo_has_one_default_recipe_for_its_data() -> None:
 
 def test_the_published_accuracies_are_those_of_the_paper() -> None:
     for arch in zoo.ARCHS.values():
-        stated = recipes.for_network(origin(arch.name)).published(arch.name)
+        stated = recipes.for_network(origin(arch.name)).stages[-1].published.get(arch.name)
         expected = paper.accuracy(arch)
         assert (stated is None) == (expected is None), arch.name
         if stated is not None and expected is not None:
@@ -106,11 +107,31 @@ def test_the_published_accuracies_are_those_of_the_paper() -> None:
 
 def test_what_is_published_is_for_networks_like_the_papers() -> None:
     stage = recipes.load("irnet-cifar10-resnet20").stages[-1]
-    assert stage.stated("irnet_resnet20", 2) == (87.6, "RepBNN, Table 7")
-    assert stage.stated("irnet_resnet20", None) == (86.5, "RepBNN, Table 7")
-    assert stage.stated("irnet_resnet20", 4) is None
-    assert stage.stated("irnet_resnet20", 2, "1_over_beta") is None
-    assert stage.stated(None, 2) is None
+    assert stage.stated("irnet_resnet20", rep=True) == (87.6, "RepBNN, Table 7")
+    assert stage.stated("irnet_resnet20", rep=False) == (86.5, "RepBNN, Table 7")
+    assert stage.stated(None, rep=True) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "published"),
+    [
+        ({}, 87.6),
+        ({"beta": None}, 86.5),
+        ({"beta": 4}, None),
+        ({"last_layer": "1_over_beta"}, None),
+        ({"rules": "bn-before-repeat"}, None),
+        ({"rules": "mine"}, None),
+        ({"rules": "reptran-released"}, 87.6),
+        ({"spread": 0.75}, None),
+        ({"arch": None}, None),
+    ],
+)
+def test_a_run_stands_beside_what_is_published_for_its_network(
+    changed: dict[str, Any], published: float | None
+) -> None:
+    network = {"arch": "irnet_resnet20", "beta": 2, "last_layer": "all", "rules": "reptran", "spread": 0.0} | changed
+    record = state.record_of(recipes.load("irnet-cifar10-resnet20"), network, "cifar10", 390)
+    assert [stage["published"] for stage in record["stages"]] == [published]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +157,9 @@ def test_an_override_goes_to_every_stage_or_to_the_named_one() -> None:
     resolved = recipes.override(recipes.loads(recipe.text, "recipe.yaml"), ["optimizer.lr=1e-4"])
     assert [s.optimizer.lr for s in resolved.stages] == [1e-4, 1e-4]
     assert recipes.override(recipe, ["iterations=500", "schedule={name: linear}"]).stages[0].unit == "iterations"
+    text = recipe.text.replace("epochs", "iterations")
+    short = recipes.override(recipes.loads(text, "r.yaml"), ["epochs=3", "schedule={name: linear}"])
+    assert [stage.epochs for stage in short.stages] == [3, 3]
 
 
 def test_a_shorter_run_keeps_its_proportions() -> None:

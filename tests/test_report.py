@@ -260,6 +260,25 @@ def given_report(name: str = "irnet_resnet20") -> report.ReportInput:
     )
 
 
+@pytest.mark.parametrize(
+    ("beta", "last_layer", "rules", "shown"),
+    [
+        (2, "all", "reptran", "| Rep-IR-Net | paper, Table 3 | 1,070,336 | 87.59 |"),
+        (4, "all", "reptran", "| Rep-IR-Net | paper, Table 3 | 1,070,336 | 88.07 |"),
+        (2, "1_over_beta", "reptran", "| Rep-IR-Net | paper, Table 2 | 1,070,336 | 87.5 |"),
+        (2, "all", "bn-before-repeat", "| Rep-IR-Net | paper, Table 4 | 1,070,336 | 82.74 |"),
+        (4, "all", "bn-before-repeat", None),
+        (2, "all", "mine", None),
+    ],
+)
+def test_a_rep_network_stands_beside_the_papers_of_the_same_setting(
+    beta: int, last_layer: str, rules: str, shown: str | None
+) -> None:
+    options = {"beta": beta, "inherit": "fold", "last_layer": last_layer}
+    made = report.markdown(report.document(report.build(replace(given_report(), options=options, rules_name=rules))))
+    assert [line for line in made.splitlines() if line.startswith("| Rep-IR-Net")] == ([shown] if shown else [])
+
+
 def test_report_says_what_was_done() -> None:
     shown = report.markdown(report.document(report.build(given_report())))
     for line in (

@@ -86,8 +86,12 @@ class Pupil:
 
     def facts(self) -> dict[str, Any]:
         """What a run's record says of it: `engine.finetune`'s about."""
-        return {"name": self.name, "arch": self.origin.arch, "model": self.origin.model, "beta": self.beta,
-                "last_layer": self.opened.payload["options"]["last_layer"] if self.opened else "all",
+        made = self.opened.payload if self.opened else None
+        how = {} if made is None else {
+            "beta": made["options"]["beta"], "last_layer": made["options"]["last_layer"], "rules": made["rules_name"],
+            "spread": self.prepared.get("spread", 0.0),
+        }  # fmt: skip
+        return {"name": self.name, "arch": self.origin.arch, "model": self.origin.model, "beta": None, **how,
                 "target": self.target, "sha256": self.sha256, "source_top1": self.source_top1}  # fmt: skip
 
 

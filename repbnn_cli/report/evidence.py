@@ -62,11 +62,11 @@ def _published(report: Report) -> list[Standing]:
     if not given.published:
         return []
     main = given.published[0]
-    here = f"β = {given.options['beta']}"
-    beta = next((a for a in given.published if a.setting == here), main if given.options["beta"] == 2 else None)
+    here = paper.setting(given.options["beta"], given.options["last_layer"], given.rules_name)
+    rep = next((a for a in given.published if a.setting == here), main if here == "β = 2" else None)
     found = [Standing(f"{main.method}, source", f"paper, {main.table}", ops.before, main.raw)]
-    if beta is not None:
-        found.append(Standing(f"Rep-{main.method}", f"paper, {beta.table}", ops.after, beta.rep))
+    if rep is not None:
+        found.append(Standing(f"Rep-{main.method}", f"paper, {rep.table}", ops.after, rep.rep))
     return [s for s in found if s.top1 is not None]
 
 

@@ -122,8 +122,8 @@ def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]
     for name, title, unit, found, line in (
         ("run-top1", "Top-1 accuracy", "%", accuracy, target),
         ("run-loss", "Loss", "", curves(("train", _named("loss")), ("test", _named("test_loss"))), None),
-        ("run-flips", "Signs that flipped in an epoch", "% of all", curves(("", _mean("flips"))), None),
-        ("run-dead", "Dead latent weights", "% of all", curves(("", _mean("dead"))), None),
+        ("run-flips", "Signs that flipped in an epoch", "%, mean over layers", curves(("", _mean("flips"))), None),
+        ("run-dead", "Dead latent weights", "%, mean over layers", curves(("", _mean("dead"))), None),
     ):  # fmt: skip
         if found:
             made.append(lines(name, title, found, across=across, unit=unit, target=line))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from repbnn_cli.errors import RulesError, UsageError
-from repbnn_cli.train.recipe_models import Published, RecipeFile, Settings
+from repbnn_cli.train.recipe_models import RecipeFile, Settings
 from repbnn_cli.yaml_marks import (
     MAX_CHARACTERS,
     Document,
@@ -44,6 +44,7 @@ _ONLY_FOR = {
     "milestones": ("step",),
     "factor": ("step",),
 }
+_LENGTHS = ("epochs", "iterations")
 _LONGEST_WARMUP = 0.1  # of a run that was made shorter than its recipe
 
 
@@ -66,15 +67,12 @@ class Stage(Settings):
         """Length in epochs of so many batches; one in iterations ends within its last epoch."""
         return self.epochs if self.epochs is not None else math.ceil(self.iterations / batches)
 
-    def stated(self, arch: str | None, beta: int | None, last_layer: str = "all") -> tuple[float, str] | None:
-        """The published top-1 in percent after this stage, and its table; beta None for a source network.
-
-        The papers' Rep networks have β = 2 and the whole last layer; for others nothing is published here.
-        """
+    def stated(self, arch: str | None, *, rep: bool) -> tuple[float, str] | None:
+        """The published top-1 in percent after this stage, and its table; rep: of the RepBNN that the papers have."""
         found = self.published.get(arch or "")
-        if found is None or beta not in (None, 2) or last_layer != "all":
+        if found is None:
             return None
-        value = found.raw if beta is None else found.rep
+        value = found.rep if rep else found.raw
         return None if value is None else (value, found.table)
 
 
@@ -87,10 +85,6 @@ class Recipe:
     stages: tuple[Stage, ...]
     text: str
     document: Document = field(repr=False, compare=False)
-
-    def published(self, arch: str | None) -> Published | None:
-        """What is published for a network of the zoo after the last stage."""
-        return self.stages[-1].published.get(arch or "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +165,9 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     for assignment in assignments:
         keys, change = _assignment(assignment)
         for stage in value.get("stages", {}) if keys[0] in Settings.model_fields else ():
+            # One length takes the place of another, in whichever unit.
+            for name in _LENGTHS if keys[0] in _LENGTHS else ():
+                value["stages"][stage].pop(name, None)
             _remove(value["stages"][stage], keys)
         value = _merged(value, change)
     known = [stage.name for stage in recipe.stages]
@@ -289,8 +286,8 @@ def _tidy(value: dict[str, Any]) -> dict[str, Any]:
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, mapping by mapping. A length in the other unit takes the place of the base's."""
     result = dict(base)
-    if {"epochs", "iterations"} & set(over):
-        result = {k: v for k, v in result.items() if k not in ("epochs", "iterations")}
+    if {*_LENGTHS} & set(over):
+        result = {k: v for k, v in result.items() if k not in _LENGTHS}
     for key, value in over.items():
         inner = result.get(key)
         result[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value

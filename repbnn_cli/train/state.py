@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli import zoo
+from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
@@ -193,14 +193,18 @@ class Run:
 def record_of(recipe: Recipe, network: Mapping[str, Any], data: str, batches: int) -> dict[str, Any]:
     """What environment.json says of the run itself, for `runs.read`; network: see `engine.finetune`'s about.
 
-    A published accuracy is one on the data set that the network was made for; beside others it says nothing.
+    A published accuracy is one on the data set that the network was made for, and of a source network or the RepBNN
+    of the papers (β = 2, the whole last layer, their rules, copies that start alike); beside others it says nothing.
     """
     stages = []
-    arch = network.get("arch")
+    arch, beta = network.get("arch"), network.get("beta")
+    if beta is not None:
+        setting = paper.setting(beta, network.get("last_layer", "all"), network.get("rules", "reptran"))
+        arch = arch if setting == "β = 2" and not network.get("spread") else None
     if arch is None or zoo.ARCHS[arch].data.lower().replace("-", "") != data:
         arch = None
     for stage in recipe.stages:
-        stated = stage.stated(arch, network.get("beta"), network.get("last_layer", "all"))
+        stated = stage.stated(arch, rep=beta is not None)
         value, table = stated or (None, None)
         stages.append({"name": stage.name, "epochs": stage.length(batches), "published": value, "table": table})
     return {"recipe": recipe.name, "network": dict(network), "stages": stages}
