@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import recognize, shapes, surgery, zoo
+from repbnn_cli.binary_conv import SignConv2d
 from repbnn_cli.deploy import agreement, folds, forms
 from repbnn_cli.deploy.forms import BinaryForm, binary_form
 from repbnn_cli.deploy.fuse import Fused, fuse
@@ -250,6 +251,23 @@ def test_form_of_our_kinds_is_what_they_compute_in_float64(kind: str, repeats: i
     signs = (forms.centre(x) if form.centred else x).sign().double()
     expected = F.conv2d(signs, form.kernel.double(), None, 2, 1) * form.scale.view(-1, 1, 1)
     torch.testing.assert_close(conv(x).double(), expected.repeat(1, repeats, 1, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 3), (1, 1, 2), (5, 4, 0), (8, 8, 0), (8, 1, 7), (2, 3, 5)]
+)
+def test_form_of_a_convolution_whose_first_pixels_see_only_padding(size: int, stride: int, padding: int) -> None:
+    conv = SignConv2d(8, 8, size, stride=stride, padding=padding).eval()
+    form = binary_form(conv, 8)
+    assert isinstance(form, BinaryForm)
+    x = images(2, 11, 8)
+    expected = F.conv2d(x.sign().double(), form.kernel.double(), None, stride, padding) * form.scale.view(-1, 1, 1)
+    torch.testing.assert_close(conv(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_that_is_over_padding_alone_has_no_form() -> None:
+    conv = SignConv2d(4, 4, 1, stride=20, padding=1).eval()
+    assert binary_form(conv, 4) == "the centre of its kernel is over no pixel of an 8x8 image but padding"
 
 
 class TwoBit(nn.Conv2d):

@@ -128,14 +128,18 @@ class _Watched:
         filters = len(kernel)
         if self.output.shape[1] % filters or self.output.shape[2:] != self.call.output.shape[2:]:
             return "its output has other channels or pixels than its convolution"
+        inner = _inner_pixel(self.call)
+        if inner is None:
+            return "the centre of its kernel is over no pixel of an 8x8 image but padding"
+        row, column = inner
         repeats = self.output.shape[1] // filters
         blank = torch.zeros_like(self.call.kernel)
         nothing, output, _ = self._run(blank)
-        bias = output[0, :filters, 1, 1].double()
+        bias = output[0, :filters, row, column].double()
         blank[:, 0, kernel.shape[2] // 2, kernel.shape[3] // 2] = 1.0
         calls, output, _ = self._run(blank)
-        at = (calls[0].output - nothing[0].output)[0, 0, 1, 1]  # ±1, an inner pixel
-        after = (output[0, :filters, 1, 1].double() - bias) / at.double()
+        at = (calls[0].output - nothing[0].output)[0, 0, row, column]  # ±1
+        after = (output[0, :filters, row, column].double() - bias) / at.double()
         options = self.call.arguments
         form = BinaryForm(
             kernel,
@@ -148,9 +152,22 @@ class _Watched:
         )
         signs = torch.nn.functional.conv2d(self.call.input, kernel, None, form.stride, form.padding).double()
         expected = (signs * form.scale.view(-1, 1, 1) + bias.view(-1, 1, 1)).repeat(1, repeats, 1, 1)
-        if bool((expected - self.output).abs().max() > _TOLERANCE * expected.abs().max().clamp_min(1e-30)):
+        if not bool((expected - self.output).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-30)):
             return "more than a scale and a bias per filter follow its convolution inside"
         return form
+
+
+def _inner_pixel(call: ConvCall) -> Pair | None:
+    """An output pixel at which the centre of the kernel lies over the image, the first one; None if there is none."""
+    found = []
+    strides, paddings = _pair(call.arguments.get("stride", 1)), _pair(call.arguments.get("padding", 0))
+    for size, outputs, kernel, stride, padding in zip(
+        call.input.shape[2:], call.output.shape[2:], call.kernel.shape[2:], strides, paddings, strict=True
+    ):
+        at = (i for i in range(outputs) if 0 <= i * stride - padding + kernel // 2 < size)
+        found.append(next(at, None))
+    row, column = found
+    return None if row is None or column is None else (row, column)
 
 
 def centre(x: Tensor) -> Tensor:
