@@ -88,7 +88,11 @@ def begin(path: Path, experiment: Experiment, budget: Budget) -> None:
     """Claims a folder for a sweep, or checks that the sweep in it is this one. Raises UsageError."""
     if not (path / EXPERIMENT).exists():
         for folder in (path / STARTS, path / LOGS):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = error.strerror
+                raise UsageError(f"{path}: cannot be a sweep's folder ({why}); choose another place") from None
         atomic_write_text(path / BUDGET, json.dumps(asdict(budget), ensure_ascii=False) + "\n", force=True)
         atomic_write_text(path / EXPERIMENT, experiment.text, force=True)
         return

@@ -19,13 +19,13 @@ import torch
 import train_examples
 from networks import transformed
 from PIL import Image
-from train_examples import recipe, run, tiny, toy
+from train_examples import TEXT, recipe, run, tiny, toy
 
 from repbnn_cli import checkpoint, result, rules, source, surgery, zoo
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d, RBNNConv2d, ReCUConv2d
-from repbnn_cli.errors import DivergedError, RepbnnError, StoppedError, UsageError
+from repbnn_cli.errors import DataError, DivergedError, RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
-from repbnn_cli.train import data, engine, health, recipes, state
+from repbnn_cli.train import data, engine, feeds, health, recipes, state
 from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.reconstruct import Fitted
 from repbnn_cli.train.state import Position, Run
@@ -158,6 +158,27 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: signal.Si
     outcome = run(tmp_path / "run", network=tiny(seed=9), resume=True)  # the weights come from the state
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert [row["epoch"] for row in outcome.rows] == [2, 3]
+
+
+def test_a_length_in_iterations_resumes_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    change = "iterations=12"
+    run(tmp_path / "whole", change)
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.batch) == (1, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="after step 4"):
+        run(tmp_path / "run", change, on_step=stop, options=engine.Options(log_every=1))
+    run(tmp_path / "run", change, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert rows(tmp_path / "run")[0]["lr"] > 0
+
+
+def test_signs_that_do_not_move_are_no_flips_in_either_stage(tmp_path: Path) -> None:
+    still = recipes.loads(TEXT.replace("lr: 0.05", "lr: 1e-12") + "stages: {a: {kernels: float}, b: {}}", "still.yaml")
+    engine.finetune(tiny(), toy(), recipes.override(still, ["epochs=1", "schedule.warmup=0"]), tmp_path / "run")
+    assert [row["flips"] for row in rows(tmp_path / "run")] == [{"conv": 0.0}, {"conv": 0.0}]
 
 
 @pytest.mark.parametrize("kind", [RBNNConv2d, ReCUConv2d])
@@ -378,6 +399,27 @@ def test_images_in_folders_are_a_feed_too(tmp_path: Path) -> None:
     folders, options = data.open_data(f"imagenet:{tmp_path}"), engine.Options(workers=0)
     outcome = engine.finetune(tiny(classes=2), folders, made, tmp_path / "run", options=options)
     assert [row["step"] for row in outcome.rows] == [3, 6]
+
+    def stop(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    again = {"options": engine.Options(workers=0, log_every=1)}
+    with pytest.raises(StoppedError, match="after step 1"):
+        engine.finetune(tiny(classes=2), folders, made, tmp_path / "again", on_step=stop, **again)
+    engine.finetune(tiny(classes=2), folders, made, tmp_path / "again", resume=True, **again)
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+def test_images_that_cannot_be_read_are_named_to_whoever_listens(tmp_path: Path) -> None:
+    for name, content in {"train/a/0.png": b"", "train/b/0.png": b"", "val/a/0.png": b"", "val/b/0.png": b""}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    header = recipes.override(recipe(), ["data=imagenet", "augmentation=imagenet", "batch=2"]).header
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"the first test images, .*0\.png and the one after it, cannot be read"):
+        feeds.open_feed(data.open_data(f"imagenet:{tmp_path}"), header, seed=0, device=torch.device("cpu"),
+                        report=said.append)  # fmt: skip
+    assert [line.split(": damaged image")[0].split("/val/")[1] for line in said] == ["a/0.png", "b/0.png"]
 
 
 def test_autocast_trains(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from repbnn_cli.errors import DataError, UsageError
 from repbnn_cli.train.batches import MEAN, STD
 from repbnn_cli.train.image_crops import Augmentation, centre_pixels, crop_box, training_pixels
-from repbnn_cli.train.imagenet import FolderBatches, ImageFolders, eval_folder_batches, open_folders
+from repbnn_cli.train.imagenet import Damages, FolderBatches, ImageFolders, eval_folder_batches, open_folders
 
 SMALL = Augmentation(size=16)
 PLAIN = Augmentation(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False, lighting=0.0)
@@ -288,7 +288,7 @@ def damage(folders: ImageFolders, split: str, count: int) -> list[Path]:
 def test_damaged_training_images_are_named_once_and_replaced(folders: ImageFolders, workers: int) -> None:
     paths = damage(folders, "train", 3)
     said: list[str] = []
-    source = FolderBatches(folders.train, 5, seed=0, augmentation=SMALL, workers=workers, report=said.append)
+    source = FolderBatches(folders.train, 5, seed=0, augmentation=SMALL, workers=workers, damages=Damages(said.append))
     sizes = [len(labels) for epoch in range(2) for _, labels in source.epoch(epoch)]
     assert sizes == [5] * 4
     assert len(said) == 3
@@ -300,7 +300,7 @@ def test_damaged_training_images_are_named_once_and_replaced(folders: ImageFolde
 def test_damaged_test_images_are_left_out(folders: ImageFolders) -> None:
     damage(folders, "val", 2)
     said: list[str] = []
-    found = list(eval_folder_batches(folders.test, 4, size=14, resize=16, workers=0, report=said.append))
+    found = list(eval_folder_batches(folders.test, 4, size=14, resize=16, workers=0, damages=Damages(said.append)))
     assert [len(labels) for _, labels in found] == [2, 4, 2]
     assert len(said) == 2
 
@@ -309,12 +309,10 @@ def test_more_damaged_images_than_allowed_end_the_run(folders: ImageFolders) -> 
     paths = damage(folders, "val", 3)
     said: list[str] = []
     with pytest.raises(DataError) as caught:
-        list(eval_folder_batches(folders.test, 4, size=14, resize=16, workers=0, max_damaged=2, report=said.append))
+        list(eval_folder_batches(folders.test, 4, size=14, resize=16, workers=0, damages=Damages(said.append, 2)))
     assert len(said) == 2
     assert str(caught.value).startswith(f"{paths[2]}: damaged image (")
-    assert str(caught.value).endswith(
-        "the 3th of this run, 2 may be skipped; copy the data set again, or raise --max-damaged"
-    )
+    assert str(caught.value).endswith("and 2 were skipped before it; copy the data set again")
 
 
 def test_without_a_function_to_tell_a_damaged_image_is_a_warning(folders: ImageFolders) -> None:
@@ -325,8 +323,6 @@ def test_without_a_function_to_tell_a_damaged_image_is_a_warning(folders: ImageF
 
 def test_a_training_set_of_damaged_images_ends_the_run(folders: ImageFolders) -> None:
     damage(folders, "train", 10)
-    source = FolderBatches(
-        folders.train, 5, seed=0, augmentation=SMALL, workers=0, report=lambda _: None, max_damaged=4
-    )
-    with pytest.raises(DataError, match=r"4 may be skipped"):
+    source = FolderBatches(folders.train, 5, seed=0, augmentation=SMALL, workers=0, damages=Damages(lambda _: None, 4))
+    with pytest.raises(DataError, match=r"4 were skipped before it"):
         list(source.epoch(0))

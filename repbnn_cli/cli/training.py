@@ -151,7 +151,9 @@ def calibrate_command(
     fit: Annotated[
         int, typer.Option("--fit", help="Steps per convolution that fit it to the source network's; 0: none.")
     ] = 200,
-    images: Annotated[int, typer.Option("--images", help="Training images to fit on, as far as memory allows.")] = 2048,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Training images to fit on, as far as memory allows.")
+    ] = 2048,
     device: Device = "auto",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="NAME-calibrated.repbnn.pt if not given.")

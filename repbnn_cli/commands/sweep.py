@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -31,6 +33,8 @@ def sweep(
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: expected 1 or more")
     experiment = experiments.load(file)
+    if epochs is not None and epochs < 1:
+        raise UsageError(f"--epochs {epochs}: expected 1 or more")
     budget = Budget(data or experiment.file.data, epochs or experiment.file.epochs, tuple(sets))
     folder = Path(out) if out else Path("runs") / experiment.name
     if dry_run:
@@ -105,13 +109,15 @@ class _Running:
     """The processes at work; a signal is handed on to them, and they save their states."""
 
     processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    # Held while a process starts, so that `stop` misses none; a second signal may interrupt `stop` itself.
+    lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
     stopped: int = 0
 
     def stop(self, number: int, frame: object = None) -> None:
-        self.stopped = number
-        for process in list(self.processes):
-            process.send_signal(number)
+        with self.lock:
+            self.stopped = number
+            for process in list(self.processes):
+                process.send_signal(number)
 
     def run(self, command: Sequence[str], log: Path, threads: int | None) -> int:
         environment = dict(os.environ)

@@ -20,7 +20,8 @@ from repbnn_cli.kernels import choose
 from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
-from repbnn_cli.train.inheritance import Preparation
+from repbnn_cli.train.imagenet import Damages
+from repbnn_cli.train.inheritance import Preparation, spreadable
 from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
@@ -48,6 +49,8 @@ def finetune(
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
     if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
         raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
+    if spread:
+        spreadable(pupil.network)
     prepare = Preparation(0, spread=spread) if spread else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
@@ -67,7 +70,7 @@ def finetune(
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
             prepare=prepare,
-            package=pupil.package(), about=pupil.facts(),
+            package=pupil.package(), about=pupil.facts() | ({"spread": spread} if spread else {}),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
                 backend=running.name, gradients=gradients, compile=compile_mode,
@@ -186,7 +189,7 @@ def calibrate(
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
     memory.keep_freed(where)
-    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where)
+    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where, report=views.say)
     pupil.network.to(where)
     inherited = _preparation(pupil, batches=batches, fit=fit, images=images)(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
@@ -263,7 +266,7 @@ def _measured(
     header = recipe.header
     if isinstance(dataset, Dataset):
         header = header.model_copy(update={"augmentation": "none"})
-    images = feeds.eval_images(dataset, header, device=device)
+    images = feeds.eval_images(dataset, header, device=device, damages=Damages(views.say))
     network = pupil.network.to(device).eval()
     if compile_mode == "off":
         return measure.evaluate(network, images())

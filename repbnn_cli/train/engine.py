@@ -120,7 +120,7 @@ def finetune(
     recipes.check_data(recipe, dataset.name)
     feed = open_feed(dataset, recipe.header, seed=seed, device=device, channels_last=options.channels_last,
                      eval_batch=options.eval_batch, workers=options.workers, rank=ranks.rank,
-                     world=ranks.size)  # fmt: skip
+                     world=ranks.size, report=on_note)  # fmt: skip
     for part in (network, teacher):
         if part is not None:
             part.to(device=device)
@@ -207,7 +207,6 @@ class _Trainer:
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
                    "test_top1": result.top1, "test_top5": result.top5}  # fmt: skip
             self._record(row, {})
-        self.signs = health.signs(self.convs)
         self.save()
 
     def restore(self, stored: Mapping[str, Any]) -> None:
@@ -270,6 +269,8 @@ class _Trainer:
         taken = Captured(step) if self.captures else step
         tested = Captured(lambda images: logits_of(self.network(images))) if self.captures else self.network
         with health.float_kernels(self.network, active=stage.kernels == "float"):
+            if (self.at.epoch, self.at.batch) == (0, 0):  # those of the kernels that this stage applies
+                self.signs = health.signs(self.convs)
             for epoch in range(self.at.epoch, epochs):
                 self._epoch(stage, step, taken, epoch, epochs)
                 following = (self.at.stage, epoch + 1, 0) if epoch + 1 < epochs else (self.at.stage + 1, 0, 0)
@@ -287,6 +288,8 @@ class _Trainer:
         self.began, self.images = time.perf_counter(), 0
         if stage.unit == "epochs":
             self._set_lr(stage, epoch)
+        elif self.at.batch:  # of the step before: there may be none to come
+            self._set_lr(stage, epoch * len(self.feed.train) + self.at.batch - 1)
         for images, labels in self.feed.train.epoch(earlier + epoch, self.at.batch):
             if self.at.batch >= batches:  # a length in iterations ends within an epoch
                 break
@@ -341,7 +344,8 @@ class _Trainer:
         signs = health.signs(self.convs)
         with self._average():
             result = self._evaluate(tested)
-        if self.at.stage != self.best.get("stage") or result.top1 > self.best["top1"]:
+        better = self.at.stage != self.best.get("stage") or result.top1 > self.best["top1"]
+        if better:
             self.best = {"top1": result.top1, "epoch": epoch + 1, "stage": self.at.stage}
             with self._average():
                 self._publish("best.pt", result.top1, epoch + 1)
@@ -361,7 +365,8 @@ class _Trainer:
         else:
             self.optimizer_state = optimizer.state_dict()["state"]
         received = self._received()
-        due = time.perf_counter() - self.saved_at >= self.options.save_seconds or following.epoch == 0
+        # A better network is in best.pt by now, and a state that knows of it has to follow.
+        due = better or following.epoch == 0 or time.perf_counter() - self.saved_at >= self.options.save_seconds
         if received or self.ranks.largest(due):
             saved = self.save()
             if received:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repbnn_cli.errors import UsageError
+from repbnn_cli.errors import DataError, UsageError
 from repbnn_cli.train.batches import Source
 from repbnn_cli.train.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
 from repbnn_cli.train.image_crops import Augmentation
+from repbnn_cli.train.imagenet import Damages, warn
 from repbnn_cli.train.recipe_models import RecipeFile
 from repbnn_cli.train.sharding import batches_in
 
@@ -47,26 +48,40 @@ def open_feed(
     workers: int = 2,
     rank: int = 0,
     world: int = 1,
+    report: Callable[[str], None] | None = None,
 ) -> Feed:
-    """The feed of a run, or of one rank of it.
+    """The feed of a run, or of one rank of it. report: hears of damaged image files, else they are Python warnings.
 
-    Raises UsageError for an augmentation that is not for the data set, and for a batch too large or not divisible.
+    Raises UsageError for an augmentation that is not for the data set, and for a batch too large or not divisible;
+    DataError where neither of the first test images can be read.
     """
+    damages = Damages(report or warn)
     if batches_in(len(dataset.train), recipe.batch, drop_last=True) == 0:
         count = len(dataset.train)
         raise UsageError(f"batch {recipe.batch}: {dataset.name} has only {count} training images; --set batch={count}")
     look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
     place: dict[str, Any] = {"rank": rank, "world": world}
     test = eval_images(
-        dataset, recipe, device=device, channels_last=channels_last, batch=eval_batch, workers=workers, **place
+        dataset,
+        recipe,
+        device=device,
+        channels_last=channels_last,
+        batch=eval_batch,
+        workers=workers,
+        damages=damages,
+        **place,
     )
     if isinstance(dataset, ImageFolders):
         how = FOLDERS[recipe.augmentation]
         folders = FolderBatches(
-            dataset.train, recipe.batch, seed=seed, augmentation=how, workers=workers, **place, **look
+            dataset.train, recipe.batch, seed=seed, augmentation=how, workers=workers, damages=damages, **place, **look
         )
         few = replace(dataset.test, names=dataset.test.names[:2], labels=dataset.test.labels[:2])
-        return Feed(folders, test, next(iter(eval_folder_batches(few, 2, workers=0, **look)))[0])
+        example = next(eval_folder_batches(few, 2, workers=0, damages=damages, **look), None)
+        if example is None:
+            raise DataError(f"{few.folder}: the first test images, {few.path(0)} and the one after it, cannot be read; "
+                            "copy the data set again")  # fmt: skip
+        return Feed(folders, test, example[0])
     changed = recipe.augmentation == "cifar"
     train = Batches(dataset.train, recipe.batch, seed=seed, pad=4 if changed else 0, flip=changed, **place, **look)
     return Feed(train, test, next(iter(eval_batches(dataset.test, 2, **look)))[0])
@@ -82,8 +97,10 @@ def eval_images(
     workers: int = 2,
     rank: int = 0,
     world: int = 1,
+    damages: Damages | None = None,
 ) -> Images:
     """Batches of the test split in order, normalised as the recipe says; each call starts over."""
+    damages = damages or Damages()  # one for all passes, so that each image is told of once
     batch = -(-batch // world) * world  # how images are grouped changes no result
     known = FOLDERS if isinstance(dataset, ImageFolders) else MEMORY
     if recipe.augmentation not in known:
@@ -95,6 +112,6 @@ def eval_images(
                             "rank": rank, "world": world}  # fmt: skip
     if isinstance(dataset, ImageFolders):
         folder = dataset.test
-        return lambda: eval_folder_batches(folder, batch, workers=workers, **look)
+        return lambda: eval_folder_batches(folder, batch, workers=workers, damages=damages, **look)
     split = dataset.test.to(device)
     return lambda: eval_batches(split, batch, **look)

@@ -121,7 +121,7 @@ def _split(folder: Path, classes: Sequence[str], listed: dict[str, list[tuple[st
 
 
 def warn(message: str) -> None:
-    """Report a damaged image as a Python warning; the command line passes a function of its own."""
+    """Report a damaged image as a Python warning, where nobody gives `Damages` a function of their own."""
     warnings.warn(message, stacklevel=2)
 
 
@@ -129,8 +129,7 @@ class FolderBatches:
     """The training batches of an ImageNet-style split; what ``batches.Batches`` is for a split in memory.
 
     batch_size, drop_last, rank, world: see ``Sharding``. ``workers`` processes decode (0: this one). A damaged image
-    gives its place to the next good one of the data set, so that batches keep their size; each is told to ``report``
-    once, and DataError is raised when this process has met more than ``max_damaged`` of them.
+    gives its place to the next good one of the data set, so that batches keep their size; see ``Damages``.
     """
 
     def __init__(
@@ -149,14 +148,14 @@ class FolderBatches:
         world: int = 1,
         channels_last: bool = True,
         workers: int = 4,
-        max_damaged: int = 10,
-        report: Callable[[str], None] = warn,
+        damages: Damages | None = None,
     ) -> None:
         self.sharding = Sharding(len(split), batch_size, drop_last, rank, world)
         self.seed, self.device, self.channels_last = seed, torch.device(device), channels_last
         self.normalise = Normaliser(self.device, dtype, mean, std)
-        self._decoder = _Decoder(split, seed, augmentation or Augmentation(), max_damaged)
-        self._reader = _Reader(self._decoder, self.device, workers, _Damages(split, max_damaged, report))
+        damages = damages or Damages()
+        self._decoder = _Decoder(split, seed, augmentation or Augmentation(), damages.limit)
+        self._reader = _Reader(self._decoder, self.device, workers, damages)
 
     def __len__(self) -> int:
         return len(self.sharding)
@@ -185,19 +184,18 @@ def eval_folder_batches(
     world: int = 1,
     channels_last: bool = True,
     workers: int = 4,
-    max_damaged: int = 10,
-    report: Callable[[str], None] = warn,
+    damages: Damages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) in order: shorter side resized to ``resize``, centre ``size`` cut out.
 
-    A damaged image is left out of its batch and told to ``report``; DataError beyond ``max_damaged`` of them.
+    A damaged image is left out of its batch; see ``Damages``.
     """
     sharding = Sharding(len(split), batch_size, False, rank, world)
     if not 0 < size <= resize:
         raise UsageError(f"test images: cannot cut {size} pixels out of {resize}; choose a size up to {resize}")
     normalise = Normaliser(device, dtype, mean, std)
-    decoder = _Decoder(split, None, (size, resize), max_damaged)
-    reader = _Reader(decoder, torch.device(device), workers, _Damages(split, max_damaged, report))
+    damages = damages or Damages()
+    reader = _Reader(_Decoder(split, None, (size, resize), damages.limit), torch.device(device), workers, damages)
     keys = [[(0, index) for index in range(part.start, part.stop)] for part in sharding.parts()]
     for images, labels in reader.read(keys):
         batch = normalise(images)
@@ -244,25 +242,21 @@ class _Decoder(torch.utils.data.Dataset[_Sample]):
                 return training_pixels(image, self._how, random.Random(f"{self._seed},{epoch},{wanted}"))
 
 
-class _Damages:
-    """Remembers damaged images, reports each once, and gives up beyond a limit."""
+class Damages:
+    """The damaged images that one process has met: tells `report` of each once, raises DataError beyond the limit."""
 
-    def __init__(self, split: FolderSplit, limit: int, report: Callable[[str], None]) -> None:
-        self._split, self._limit, self._report = split, limit, report
-        self._seen: set[int] = set()
+    def __init__(self, report: Callable[[str], None] = warn, limit: int = 10) -> None:
+        self.limit, self._report = limit, report
+        self._seen: set[Path] = set()
 
-    def add(self, damaged: list[tuple[int, str]]) -> None:
-        for index, reason in damaged:
-            if index in self._seen:
-                continue
-            self._seen.add(index)
-            line = f"{self._split.path(index)}: damaged image ({reason})"
-            if len(self._seen) > self._limit:
-                raise DataError(
-                    f"{line}, the {len(self._seen)}th of this run, {self._limit} may be skipped; "
-                    "copy the data set again, or raise --max-damaged"
-                )
-            self._report(f"{line}, skipped ({len(self._seen)} of at most {self._limit}); copy it again")
+    def add(self, path: Path, reason: str) -> None:
+        if path in self._seen:
+            return
+        self._seen.add(path)
+        line = f"{path}: damaged image ({reason})"
+        if len(self._seen) > self.limit:
+            raise DataError(f"{line}, and {self.limit} were skipped before it; copy the data set again")
+        self._report(f"{line}, skipped ({len(self._seen)} of at most {self.limit}); copy it again")
 
 
 _Batch = tuple[Tensor, Tensor, list[tuple[int, str]]]
@@ -271,7 +265,7 @@ _Batch = tuple[Tensor, Tensor, list[tuple[int, str]]]
 class _Reader:
     """Runs the decoder over lists of keys and brings the batches to the device."""
 
-    def __init__(self, decoder: _Decoder, device: torch.device, workers: int, damages: _Damages) -> None:
+    def __init__(self, decoder: _Decoder, device: torch.device, workers: int, damages: Damages) -> None:
         self._decoder, self._device, self._workers, self._damages = decoder, device, workers, damages
 
     def read(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -282,11 +276,14 @@ class _Reader:
             num_workers=self._workers,
             collate_fn=_collated,
             pin_memory=self._device.type == "cuda",
+            # Else every epoch draws from the global generator, and one that is entered again after a resume once more.
+            generator=torch.Generator(),
             worker_init_fn=_leave_signals_to_the_parent,
         )
         try:
             for images, labels, damaged in loader:
-                self._damages.add(damaged)
+                for index, reason in damaged:
+                    self._damages.add(self._decoder.split.path(index), reason)
                 if len(labels):
                     yield (
                         images.to(self._device, non_blocking=True).permute(0, 3, 1, 2),

@@ -74,6 +74,15 @@ class Preparation:
         return facts
 
 
+def spreadable(network: nn.Module) -> list[RepBatchNorm1d | RepBatchNorm2d]:
+    """The BatchNorms behind a RepConv that have a shift for each of its copies. Raises UsageError if there are none."""
+    norms = [m for m in network.modules() if isinstance(m, RepBatchNorm1d | RepBatchNorm2d) and m.bias is not None]
+    norms = [m for m in norms if m.repeats == m.beta**2 > 1]
+    if not norms:
+        raise UsageError("--spread: no BatchNorm of this network repeats a RepConv's output; leave it out")
+    return norms
+
+
 @torch.no_grad()
 def spread_shifts(network: nn.Module, width: float) -> None:
     """Sets the shifts of the β² copies that each BatchNorm behind a RepConv makes apart, from -width to width.
@@ -85,11 +94,7 @@ def spread_shifts(network: nn.Module, width: float) -> None:
 
     Raises UsageError for a network without such a BatchNorm.
     """
-    norms = [m for m in network.modules() if isinstance(m, RepBatchNorm1d | RepBatchNorm2d) and m.bias is not None]
-    norms = [m for m in norms if m.repeats == m.beta**2 > 1]
-    if not norms:
-        raise UsageError("--spread: no BatchNorm of this network repeats a RepConv's output; leave it out")
-    for norm in norms:
+    for norm in spreadable(network):
         groups = torch.arange(norm.beta)
         order = torch.cat([q * norm.beta + (groups.flip(0) if q % 2 else groups) for q in range(norm.beta)])
         shifts = torch.linspace(-width, width, norm.repeats)[order].to(norm.bias)
