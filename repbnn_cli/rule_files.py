@@ -71,8 +71,8 @@ class Whole:
 # Finding
 
 
-def shipped() -> dict[str, Traversable]:
-    """Name → file of each rule file that comes with repbnn."""
+def shipped(below: str = "") -> dict[str, Traversable]:
+    """Name → file of each rule file that comes with repbnn; below: of the YAML files in a folder under them."""
     folder: Traversable
     try:
         folder = resources.files("repbnn_cli.rules_data")
@@ -80,6 +80,7 @@ def shipped() -> dict[str, Traversable]:
         # That package is made when repbnn is installed (pyproject.toml maps it to the folder rules/); in a checkout
         # that is only on the path it does not exist, and rules/ lies beside this package.
         folder = Path(__file__).resolve().parent.parent / "rules"
+    folder = folder / below if below else folder
     if not folder.is_dir():
         raise RulesError("the rule files of repbnn are missing from this installation; install it again")
     found = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}

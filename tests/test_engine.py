@@ -422,11 +422,6 @@ def test_images_that_cannot_be_read_are_named_to_whoever_listens(tmp_path: Path)
     assert [line.split(": damaged image")[0].split("/val/")[1] for line in said] == ["a/0.png", "b/0.png"]
 
 
-def test_autocast_trains(tmp_path: Path) -> None:
-    outcome = run(tmp_path / "run", options=engine.Options(autocast=True, channels_last=False))
-    assert math.isfinite(outcome.rows[-1]["loss"])
-
-
 def test_positions_name_states_in_their_order(tmp_path: Path) -> None:
     with Run(tmp_path) as folder:
         for position in (Position(0, 9, 0), Position(0, 10, 5), Position(1, 0, 0)):

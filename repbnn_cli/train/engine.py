@@ -46,7 +46,6 @@ Package = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
 class Options:
     """How a run is computed and recorded; nothing of the method.
 
-    autocast: bfloat16 where PyTorch's autocast takes it; it rounds what a sign decides on, so results differ.
     compile: "auto", "on" or "off", see `compiled`. cuda_graph: on a GPU, record a step once and replay it (with several
     processes steps are never recorded).
     log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
@@ -56,7 +55,6 @@ class Options:
     """
 
     channels_last: bool = True
-    autocast: bool = False
     compile: str = "off"
     cuda_graph: bool = True
     eval_batch: int = 500
@@ -136,7 +134,7 @@ def finetune(
         "seed": seed,
         "prepare": None if prepare is None else prepare.key(),
         "processes": ranks.size,
-        **{name: getattr(options, name) for name in ("channels_last", "autocast", "backend", "gradients")},
+        **{name: getattr(options, name) for name in ("channels_last", "backend", "gradients")},
     }
     environment = {**guards.environment(dataset, device), "seed": seed, "options": asdict(options),
                    **state.record_of(recipe, about or {}, dataset.name, len(feed.train))}  # fmt: skip
@@ -264,8 +262,7 @@ class _Trainer:
         if stage.ema and not self.ema:
             self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
         step = Step(self.network, stage, optimizer, self.totals, forward=self.forward, teacher=self.teacher,
-                    ema=self.ema, ranks=self.ranks, autocast=self.options.autocast,
-                    watch=self._watch if self.device.type == "cpu" else None)  # fmt: skip
+                    ema=self.ema, ranks=self.ranks, watch=self._watch if self.device.type == "cpu" else None)  # fmt: skip
         taken = Captured(step) if self.captures else step
         tested = Captured(lambda images: logits_of(self.network(images))) if self.captures else self.network
         with health.float_kernels(self.network, active=stage.kernels == "float"):

@@ -11,13 +11,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from repbnn_cli import rule_files
 from repbnn_cli.errors import RulesError, UsageError
 from repbnn_cli.train.recipe_models import RecipeFile, Settings
 from repbnn_cli.yaml_marks import (
@@ -141,15 +141,7 @@ def for_network(origin: Origin) -> Recipe:
 
 
 def _shipped() -> dict[str, Traversable]:
-    folder: Traversable
-    try:
-        folder = resources.files("repbnn_cli.rules_data") / "recipes"
-    except ModuleNotFoundError:  # a checkout that is only on the path: see rule_files.shipped
-        folder = Path(__file__).resolve().parents[2] / "rules" / "recipes"
-    if not folder.is_dir():
-        raise RulesError("the recipes of repbnn are missing from this installation; install it again")
-    found = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return dict(sorted(found.items()))
+    return rule_files.shipped("recipes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

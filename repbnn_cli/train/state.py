@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
+from repbnn_cli.runs import METRICS, TIMING
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
 FORMAT, VERSION = "repbnn-run", 1
-METRICS, TABLE, TIMING = "metrics.jsonl", "metrics.csv", "timing.jsonl"
+TABLE = "metrics.csv"
 COLUMNS = (
     "stage", "epoch", "step", "lr", "t", "k", "tau", "loss", "train_top1", "test_loss", "test_top1", "test_top5",
     "best_top1", "flips", "dead",

@@ -34,12 +34,11 @@ class Step:
         teacher: nn.Module | None = None,
         ema: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
-        autocast: bool = False,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.network, self.stage, self.optimizer, self.totals = network, stage, optimizer, totals
         self.forward, self.teacher, self.ema = network if forward is None else forward, teacher, ema or {}
-        self.ranks, self.autocast, self.watch = ranks or Ranks(), autocast, watch
+        self.ranks, self.watch = ranks or Ranks(), watch
         self.gated = [m for m in network.modules() if isinstance(m, GatedConv2d)]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -47,8 +46,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.stage.accumulate
         for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-                logits, lesson = logits_of(self.forward(x)), self._lesson(x)
+            logits, lesson = logits_of(self.forward(x)), self._lesson(x)
             loss = loss_of(self.stage, logits, y, lesson) + gate_penalty(self.stage, self.gated)
             if self.watch is not None:
                 self.watch(loss, x)
