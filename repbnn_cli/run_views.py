@@ -91,6 +91,12 @@ def fitted_line(path: str, before: float, after: float) -> str:
     return f"  {path}: misses {100 * after:.1f} % of the source's variance, {100 * before:.1f} % before"
 
 
+def spread_line(spread: float, norms: int, convs: int) -> str:
+    """Of how many RepConvs the copies start apart."""
+    rest = "; no BatchNorm takes the repeated output of the others" if norms < convs else ""
+    return f"BatchNorm shifts from -{spread:g} to {spread:g} behind {norms} of {convs} RepConvs{rest}"
+
+
 def epoch_line(row: Mapping[str, Any], epochs: Mapping[str, int | None]) -> str:
     """A row of metrics as one line; the stage is named where there are several."""
     stage = f"{row['stage']} " if len(epochs) > 1 else ""

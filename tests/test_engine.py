@@ -439,3 +439,9 @@ def test_rep_networks_learn_with_their_binary_kind_untouched(tmp_path: Path) -> 
     )
     assert outcome.rows[0]["tau"] == pytest.approx(0.85)
     assert len(outcome.rows[0]["flips"]) == 18
+
+
+def test_half_precision_is_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^stem.weight: is in float16, in which training loses the small steps"):
+        run(tmp_path / "run", network=tiny().half())
+    assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ import repbnn_cli
 from repbnn_cli import binary_conv, zoo
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.cli import run
+from repbnn_cli.errors import DivergedError
 from repbnn_cli.plan import Plan
 from repbnn_cli.train import reconstruct
 
@@ -60,6 +61,14 @@ def test_foreign_layers_with_a_residual_are_fitted_up_to_where_their_part_ends()
     found = reconstruct.reconstruct(plan, rep, batches(), steps=30)
     assert [unit.path for unit in found] == ["conv1", "conv2", "shortcut", "fc"]
     assert found[-1].after < found[-1].before
+
+
+def test_a_fit_that_is_not_finite_is_an_error() -> None:
+    plan, rep = made(tiny())
+    given = batches()
+    given[0][0, 0, 0, 0] = torch.inf
+    with pytest.raises(DivergedError, match=r"^conv: fitting it to the source network gives nan; --fit 0 does without"):
+        reconstruct.reconstruct(plan, rep, given, steps=1)
 
 
 def test_with_one_replica_there_is_nothing_to_make_up_for() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Residual, transformed
+from networks import Residual, conv, transformed
+from torch import Tensor, nn
 from train_examples import OWN_NETWORK, own_network
 
+from repbnn_cli.channels import Tiled
 from repbnn_cli.cli import run
 from repbnn_cli.errors import UsageError
 from repbnn_cli.rep_layers import RepBatchNorm2d
@@ -46,9 +48,41 @@ def test_the_copies_then_cross_zero_at_different_inputs() -> None:
     assert positive.tolist() == [0, 1, 2, 3, 4]
 
 
+class Grouped(nn.Module):
+    """Binary convolutions in two groups, whose repeat stays with them: within each group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = conv(16, 16, groups=2), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = conv(16, 16, groups=2), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x))
+        x = self.bn1(self.conv1(x)) + x
+        return self.fc((self.bn2(self.conv2(x)) + x).mean((2, 3)))
+
+
+def test_groups_are_each_set_apart() -> None:
+    plan, rep = transformed(Grouped(), inherit="none")
+    spread_shifts(rep, 0.75)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    step = next(s for s in plan.steps.values() if s.node == "bn1")
+    assert isinstance(step.state, Tiled)
+    with torch.no_grad():
+        out = rep.conv1(rep.bn0(rep.stem(x)).repeat(1, 2, 1, 1)[:, : rep.conv1.in_channels])
+    alike = [[j for j in range(32) if torch.equal(out[:, j], out[:, i])] for i in range(32)]
+    for copies in alike:  # the channels that repeat one convolution channel, in whichever order
+        assert rep.bn1.bias[copies].sort().values.tolist() == pytest.approx([-0.75, -0.25, 0.25, 0.75])
+    for source in range(16):
+        replicas = [j for j, i in enumerate(step.state.index) if i == source]
+        assert rep.bn1.bias[replicas].sum().item() == pytest.approx(0.0)
+
+
 def test_a_network_without_repeating_norms_has_nothing_to_spread() -> None:
     rep = transformed(Residual(), rule="bn-before-repeat", inherit="none")[1]
-    with pytest.raises(UsageError, match="--spread: no BatchNorm of this network repeats a RepConv's output"):
+    with pytest.raises(UsageError, match="--spread: no BatchNorm of this network is behind a RepConv's repeat"):
         spread_shifts(rep, 0.5)
 
 
@@ -69,7 +103,9 @@ def test_from_the_command_line(
     assert run(["finetune", "none.pt", *own, *quick[:-2], "--run-dir", "plain"]) == 0
     assert tip in capsys.readouterr().err
     assert run(["finetune", "none.pt", *own, *quick, "--run-dir", "r"]) == 0
-    assert tip not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert tip not in said
+    assert "BatchNorm shifts from -0.5 to 0.5 behind 1 of 1 RepConvs" in said
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1]
     trained = torch.load("r/checkpoints/best.pt", weights_only=True)["training"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, views
 from repbnn_cli import zoo as registry
@@ -17,6 +18,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
+from repbnn_cli.rep_layers import RepMixin
 from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
@@ -50,7 +52,9 @@ def finetune(
     if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
         raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
     if spread:
-        spreadable(pupil.network)
+        assert isinstance(pupil.network, fx.GraphModule)
+        convs = sum(isinstance(m, RepMixin) for m in pupil.network.modules())
+        views.say(run_views.spread_line(spread, len(spreadable(pupil.network)), convs))
     prepare = Preparation(0, spread=spread) if spread else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
@@ -218,6 +222,8 @@ def _preparation(
         reason = "several processes would each fit their own; `repbnn calibrate` first does it in one"
     elif not pupil.opened.payload["source_tensors"]:
         reason = "the file holds no source network (--slim)"
+    elif any(p.dtype == torch.float16 for p in pupil.network.parameters()):
+        reason = "its weights are in float16, too coarse for the steps of a fit"
     if fit and reason is not None:
         views.say(f"not fitted to the source network: {reason}")
     plan = pupil.opened.plan if fit and reason is None else None

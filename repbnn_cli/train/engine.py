@@ -261,8 +261,9 @@ class _Trainer:
                 group["lr"] = self.lr.value
         if stage.ema and not self.ema:
             self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
+        watch = self._watch if self.device.type == "cpu" else None
         step = Step(self.network, stage, optimizer, self.totals, forward=self.forward, teacher=self.teacher,
-                    ema=self.ema, ranks=self.ranks, watch=self._watch if self.device.type == "cpu" else None)  # fmt: skip
+                    ema=self.ema, ranks=self.ranks, watch=watch)  # fmt: skip
         taken = Captured(step) if self.captures else step
         tested = Captured(lambda images: logits_of(self.network(images))) if self.captures else self.network
         with health.float_kernels(self.network, active=stage.kernels == "float"):

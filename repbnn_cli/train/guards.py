@@ -59,6 +59,10 @@ def check(network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example
         if stage.kernels == "float" and not health.binary_convs(network):
             raise UsageError(f"recipe {recipe.name}: stage {stage.name} trains float kernels first, which needs binary "
                              "convolutions of repbnn's; choose another recipe")  # fmt: skip
+    halves = [name for name, p in network.named_parameters() if p.dtype == torch.float16]
+    if halves:
+        raise UsageError(f"{halves[0]}: is in float16, in which training loses the small steps of latent weights; "
+                         "train the network in float32")  # fmt: skip
     for name, part in (("network", network), ("teacher", teacher)):
         if part is None:
             continue

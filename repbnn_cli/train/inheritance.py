@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.plan import Plan
-from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d
+from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, RepMixin
+from repbnn_cli.tracer import fetch
 from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.feeds import Feed
 from repbnn_cli.train.reconstruct import Fitted
@@ -67,6 +69,7 @@ class Preparation:
             units = reconstruct.reconstruct(self.plan, network, batches, steps=self.fit, on_unit=heard)
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
         if self.spread:
+            assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
             spread_shifts(network, self.spread)
             facts["spread"] = self.spread
         if self.batches:
@@ -74,17 +77,38 @@ class Preparation:
         return facts
 
 
-def spreadable(network: nn.Module) -> list[RepBatchNorm1d | RepBatchNorm2d]:
+@dataclass(frozen=True)
+class Copies:
+    """A BatchNorm behind a RepConv: channel (g·β² + r)·n + c of it is copy r of channel c, of n, in group g of G."""
+
+    norm: _BatchNorm
+    beta: int
+    groups: int
+
+
+def spreadable(network: fx.GraphModule) -> list[Copies]:
     """The BatchNorms behind a RepConv that have a shift for each of its copies. Raises UsageError if there are none."""
-    norms = [m for m in network.modules() if isinstance(m, RepBatchNorm1d | RepBatchNorm2d) and m.bias is not None]
-    norms = [m for m in norms if m.repeats == m.beta**2 > 1]
-    if not norms:
-        raise UsageError("--spread: no BatchNorm of this network repeats a RepConv's output; leave it out")
-    return norms
+    found: dict[int, Copies] = {}
+    for node in network.graph.nodes:
+        norm = _called(network, node)
+        if not isinstance(norm, _BatchNorm) or norm.bias is None:
+            continue
+        if isinstance(norm, RepBatchNorm1d | RepBatchNorm2d):
+            if norm.repeats == norm.beta**2 > 1:
+                found[id(norm)] = Copies(norm, norm.beta, 1)
+        elif isinstance(conv := _called(network, node.args[0]), RepMixin) and conv.rep_repeats == conv.rep_beta**2 > 1:
+            found[id(norm)] = Copies(norm, conv.rep_beta, getattr(conv, "groups", 1))
+    if not found:
+        raise UsageError("--spread: no BatchNorm of this network is behind a RepConv's repeat; leave it out")
+    return list(found.values())
+
+
+def _called(network: fx.GraphModule, node: Any) -> nn.Module | None:
+    return fetch(network, str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
 @torch.no_grad()
-def spread_shifts(network: nn.Module, width: float) -> None:
+def spread_shifts(network: fx.GraphModule, width: float) -> None:
     """Sets the shifts of the β² copies that each BatchNorm behind a RepConv makes apart, from -width to width.
 
     All replicas of a fresh RepBNN carry the same values, and it takes training long to part them; until then it has β
@@ -94,8 +118,9 @@ def spread_shifts(network: nn.Module, width: float) -> None:
 
     Raises UsageError for a network without such a BatchNorm.
     """
-    for norm in spreadable(network):
-        groups = torch.arange(norm.beta)
-        order = torch.cat([q * norm.beta + (groups.flip(0) if q % 2 else groups) for q in range(norm.beta)])
-        shifts = torch.linspace(-width, width, norm.repeats)[order].to(norm.bias)
-        norm.bias.add_(shifts.repeat_interleave(norm.num_features // norm.repeats))
+    for copies in spreadable(network):
+        beta, shift = copies.beta, copies.norm.bias
+        groups = torch.arange(beta)
+        order = torch.cat([q * beta + (groups.flip(0) if q % 2 else groups) for q in range(beta)])
+        shifts = torch.linspace(-width, width, beta**2)[order].to(shift)
+        shift.add_(shifts.repeat_interleave(len(shift) // (beta**2 * copies.groups)).repeat(copies.groups))

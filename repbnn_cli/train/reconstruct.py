@@ -14,6 +14,7 @@ docs/inheritance.md has what it is worth.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Tiled
+from repbnn_cli.errors import DivergedError
 from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.lockstep import execute, last_uses
 from repbnn_cli.plan import Plan
@@ -161,6 +163,10 @@ class _Fitting:
                 schedule.step()
             optimizer.zero_grad()
             after = self._missed(unit, wanted)
+            if not math.isfinite(after):
+                raise DivergedError(
+                    f"{conv.target}: fitting it to the source network gives {after}; --fit 0 does without"
+                )
         with estimating(norms):
             for chunk in range(len(wanted)):
                 with torch.no_grad():
