@@ -94,7 +94,7 @@ def draft(src: Source, base: str, rules: RuleSet) -> Draft:
     layers = recognize(network, rules.declare)
     entries = [_entry(network.module, layer) for layer in layers.values()]
     kept = _said_alike(src, rules, layers, entries)
-    decide = [f"{e.path}: {e.evidence}" for e in kept if e.open] + hints(layers)
+    decide = [f"{e.path}: {e.evidence}" for e in kept if e.open] + hints(network, layers)
     try:
         surgery.plan(network, rules)
     except RepbnnError as error:

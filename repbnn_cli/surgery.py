@@ -60,7 +60,9 @@ def _plan(network: Network, rules: RuleSet) -> Plan:
             "the rules change nothing: no first layer was found whose output is repeated; "
             f"check the rule with `apply: repeat_output` in {rules.source}"
         )
-    return Plan(network, layers, rules, walk.graph, edits, walk.added, walk.steps, [*walk.notes, *hints(layers)])
+    return Plan(
+        network, layers, rules, walk.graph, edits, walk.added, walk.steps, [*walk.notes, *hints(network, layers)]
+    )
 
 
 def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:

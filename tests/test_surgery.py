@@ -392,3 +392,25 @@ def test_training_a_rep_network_moves_its_copies_apart() -> None:
     rep.eval()
     weight = rep.bn1.weight.detach()
     assert not torch.equal(weight[:8], weight[8:])
+
+
+class Skipped(Residual):
+    """A second convolution on a branch that the example input does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.norm = conv(16, 16), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 1e6:
+            x = self.norm(self.again(x))
+        return super().forward(x)
+
+
+def test_layers_that_the_example_input_does_not_reach_are_named() -> None:
+    plan = planned(randomize(Skipped()))
+    assert [note for note in plan.notes if "never called" in note] == [
+        "again: never called on the example input, so kept as it is and counted nowhere; a branch that other inputs "
+        "take into it would meet layers of another size"
+    ]
+    assert not any("never called" in note for note in planned(randomize(Residual())).notes)
