@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import repbnn_cli
-from repbnn_cli import checkpoint, source, surgery
+from repbnn_cli import checkpoint, source, surgery, user_model
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.identify import compare, shapes_of
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import loads
 from repbnn_cli.source import Origin, Source
@@ -142,7 +143,7 @@ def _opened(path: str | os.PathLike[str], payload: dict[str, Any], model: ModelS
     origin = Origin.from_plain(payload["source"])
     network_module = source_model(Path(path), origin, model)
     if payload["source_tensors"]:
-        network_module.load_state_dict(payload["source_tensors"], assign=True)
+        _give_source_tensors(network_module, payload["source_tensors"], path, origin)
     rules = loads(payload["rules"], name=f"rules stored in {Path(path).name}")
     network = source.capture(network_module, origin, rules)
     try:
@@ -153,6 +154,17 @@ def _opened(path: str | os.PathLike[str], payload: dict[str, Any], model: ModelS
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: its tensors do not fit the network that its rules make ({first})") from error
     return Result(Path(path), payload, origin, network, plan, module.eval())
+
+
+def _give_source_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str], origin: Origin
+) -> None:
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        made = f"it was made with --model {origin.model}" if origin.model else "make it again with `repbnn transform`"
+        difference = compare(shapes_of(tensors), shapes_of(module.state_dict()))
+        raise user_model.does_not_fit(difference, path, made) from error
 
 
 def load(path: str | os.PathLike[str], model: ModelSource | None = None) -> nn.Module:

@@ -96,7 +96,7 @@ def load_weights(
     differences = {p: _difference(tensors, held, ignores, p) for p in prefixes_to_try(prefix)}
     best = min(differences, key=lambda p: differences[p].count)
     if differences[best]:
-        raise _does_not_fit(differences[best], path)
+        raise does_not_fit(differences[best], path)
     given = {best + name: tensor.detach() for name, tensor in tensors.items()}
     given = {name: tensor for name, tensor in given.items() if name in held and tensor.shape == held[name].shape}
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -120,9 +120,11 @@ def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], ignor
     return compare({prefix + name: shape for name, shape in shapes_of(tensors).items()}, shapes_of(held), ignores)
 
 
-def _does_not_fit(difference: Difference, path: str | os.PathLike[str] | None) -> CheckpointError:
+def does_not_fit(
+    difference: Difference, path: str | os.PathLike[str] | None, advice: str = "check --model and --model-args"
+) -> CheckpointError:
+    """What separates tensors from a network in one line, in notes one kind a line; advice: what to do about it."""
     classes = other_classes(difference)
-    advice = "check --model and --model-args"
     if classes is not None:
         advice = f"it was trained with {classes} outputs, set that in --model-args"
     start = "the checkpoint" if path is None else f"{path}:"

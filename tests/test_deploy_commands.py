@@ -35,6 +35,14 @@ class Tiny(nn.Module):
         x = F.hardtanh(self.bn1(self.conv(x)) + x)
         return self.fc(x.mean((2, 3)))
 
+class Half(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.half()
+
+    def forward(self, x):
+        return super().forward(x.to(self.fc.weight.dtype))
+
 def make():
     torch.manual_seed(0)
     return Tiny()
@@ -74,6 +82,20 @@ def test_export_says_what_the_bytes_are_and_evaluates_the_same(result: str, caps
     assert found[0]["top1"] == found[1]["top1"]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[1]["backend"]["name"] == "torch"
+
+
+@pytest.mark.parametrize("name", ["Half", "make"])
+def test_export_of_half_precision_and_of_a_convolution_that_takes_each_copy_alone(
+    result: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("alone.yaml").write_text(
+        "extends: reptran\nrules:\n  own: {part: backbone, match: {path: conv}, apply: tile}\n"
+    )
+    own, rules = ["--model", f"tiny.py:{name}"], ["--rules", "alone.yaml"] if name == "make" else []
+    assert run(["transform", "tiny.pt", *own, *rules, "-o", "own.pt", "--verify", "quick"]) == 0
+    capsys.readouterr()
+    assert run(["export", "packed", "own.pt", *own, "-o", "own.packed"]) == 0
+    assert "4 of 4 images in the same class" in capsys.readouterr().out
 
 
 def test_evaluate_on_triton_says_which_blocks_it_fuses(result: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,17 @@ def test_a_users_network_has_to_be_named_again(tmp_path: Path) -> None:
     assert "name it again: --model" in str(caught.value)
     assert str(src.origin.model) in str(caught.value)
     assert_same_network(result.load(path, model=src.origin.model), rep, images())
+
+
+def test_another_network_than_it_was_made_of_is_refused(tmp_path: Path) -> None:
+    payload, _ = transformed(user_source(tmp_path))
+    result.save(payload, tmp_path / "mine.repbnn.pt")
+    with pytest.raises(CheckpointError) as caught:
+        result.load(tmp_path / "mine.repbnn.pt", model=Residual)
+    said = r"mine\.repbnn\.pt: does not fit the model: .* missing \(.*; it was made with --model .*mynet\.py:Net$"
+    assert re.search(said, str(caught.value))
+    assert len(str(caught.value)) < 400
+    assert caught.value.__notes__  # what is missing, one kind a line
 
 
 def test_no_code_runs_that_the_caller_did_not_name(tmp_path: Path) -> None:

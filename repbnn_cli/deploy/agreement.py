@@ -80,9 +80,10 @@ def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
         x = centre(x) if block.centred else x
         signs = unpack_activations(seen, x.shape[1]) if seen.dtype == torch.int32 else _signs(seen, block)
         flips = x.sign() != signs  # an exact 0 among them: packed bits have no sign 0
-        first = flips.flatten(1).any(1) & clean  # what differs further down follows from the first
+        wrong = (x.abs() * flips).reshape(len(images), -1)  # an image is β samples where copies are convolved alone
+        first = flips.reshape(len(images), -1).any(1) & clean  # what differs further down follows from the first
         if bool(first.any()):
-            largest = max(largest, float((x.abs() * flips)[first].max() / x.abs().max()))
+            largest = max(largest, float(wrong[first].max() / x.abs().max()))
             clean &= ~first
     difference = (expected - given).abs()[clean]
     return Agreement(

@@ -60,7 +60,8 @@ def applied_kernel(network: Network, path: str) -> Tensor:
     module: nn.Module = fetch(network.module, path)
     node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
     like = next(iter(module.parameters()), torch.zeros(()))
-    given = [torch.zeros((1, *n.meta["value"].shape[1:]), device=like.device) for n in node.all_input_nodes]
+    values = [n.meta["value"] for n in node.all_input_nodes]
+    given = [torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=like.device) for v in values]
     with torch.no_grad(), ConvCalls() as seen:
         module(*given)
     kernel: Tensor = seen.calls[0].kernel.detach()
