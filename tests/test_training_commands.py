@@ -234,6 +234,55 @@ def test_the_network_of_a_run_is_transformed_under_the_runs_name(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["net-seed0-rep2.repbnn.pt"]
 
 
+ODD_OUTPUTS = """
+from torch import nn
+
+from net import make
+
+class Odd(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = make(), kind
+
+    def forward(self, x):
+        if self.kind == "a map":
+            return self.net[:4](x)
+        if self.kind == "a vector in":
+            return self.net[6](x.flatten(1))
+        return {"logits": self.net(x), "aux": x}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "commands", "message"),
+    [
+        ("a dict", ["evaluate", "calibrate", "finetune"], "the network's output is a dict (logits, aux); expected"),
+        ("a map", ["evaluate", "calibrate"], "the network's output for an image is 8x6x6, expected 10 logits, one"),
+        ("a vector in", ["evaluate"], "the network does not run on the data's images of 3x32x32 (RuntimeError: mat1"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str,
+    commands: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name in ("net", "odd"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    Path("net.py").write_text(OWN_NETWORK)
+    Path("odd.py").write_text(f"{ODD_OUTPUTS}\ndef build():\n    return Odd({kind!r})\n")
+    torch.save({f"net.{n}": t for n, t in own_network().state_dict().items()}, "own.pt")
+    own = ["--model", "odd.py:build"]
+    if "calibrate" in commands:
+        assert run(["transform", "own.pt", *own, "--inherit", "fold", "-o", "rep.pt", "--verify", "quick"]) == 0
+    for command in commands:
+        capsys.readouterr()
+        assert run([command, "own.pt" if command == "evaluate" else "rep.pt", *own, "--data", "digits"]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "misses" not in shown  # nothing was fitted
+    assert not Path("runs").exists()
+
+
 def test_tensorboard_is_asked_for_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
+from repbnn_cli.logits import checked_logits
 from repbnn_cli.rep_layers import RepMixin
 from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
@@ -195,6 +196,8 @@ def calibrate(
     memory.keep_freed(where)
     feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where, report=views.say)
     pupil.network.to(where)
+    with torch.no_grad():  # what does not fit the data is said before minutes of fitting
+        checked_logits(pupil.network.eval(), feed.example, len(dataset.classes))
     inherited = _preparation(pupil, batches=batches, fit=fit, images=images)(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
@@ -275,10 +278,10 @@ def _measured(
     images = feeds.eval_images(dataset, header, device=device, damages=Damages(views.say))
     network = pupil.network.to(device).eval()
     if compile_mode == "off":
-        return measure.evaluate(network, images())
+        return measure.evaluate(network, images(), classes=len(dataset.classes))
     forward = compiled.inference_of(network, compile_mode, next(iter(images()))[0], len(dataset.test))
     views.say(forward.note)
-    return measure.evaluate(network, images(), forward=forward.call)
+    return measure.evaluate(network, images(), forward=forward.call, classes=len(dataset.classes))
 
 
 def _show_evaluation(

@@ -26,6 +26,7 @@ from repbnn_cli.deploy.fuse import Fused, FusedBlock
 from repbnn_cli.graph import Network
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
+from repbnn_cli.logits import logits_of
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4
@@ -73,7 +74,7 @@ def compare(plain: Network, fused: Fused, batches: Iterable[Tensor]) -> Agreemen
 def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
     before, after = _Inputs(), _Inputs()
     with before.of(plain.module.get_submodule(b.path) for b in fused.blocks), after.of(fused.blocks):
-        expected, given = _logits(plain.module(images)), _logits(fused.module(images))
+        expected, given = (logits_of(n(images)).flatten(1) for n in (plain.module, fused.module))
     clean = torch.ones(len(images), dtype=torch.bool, device=images.device)
     largest = 0.0
     for block, x, seen in zip(fused.blocks, before.seen, after.seen, strict=True):
@@ -97,12 +98,6 @@ def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
 
 def _signs(x: Tensor, block: FusedBlock) -> Tensor:
     return binarize(centre(x) if block.centred else x)
-
-
-def _logits(output: Any) -> Tensor:
-    """The logits of a forward; a network with a teacher inside returns (logits, teacher logits)."""
-    logits: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return logits.flatten(1)
 
 
 class _Inputs:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.errors import UsageError
+from repbnn_cli.logits import logits_of
 from repbnn_cli.train import memory
 from repbnn_cli.train.feeds import Feed
-from repbnn_cli.train.measure import logits_of
 from repbnn_cli.train.recipes import Recipe
 
 MODES = ("auto", "on", "off")

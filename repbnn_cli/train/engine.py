@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.errors import DivergedError, StoppedError
+from repbnn_cli.logits import logits_of
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import backends, compiled, guards, health, measure, memory, recipes, state
 from repbnn_cli.train.captured import Captured
@@ -29,7 +30,6 @@ from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import Feed, open_feed
 from repbnn_cli.train.guards import Signals
 from repbnn_cli.train.inheritance import Preparation
-from repbnn_cli.train.measure import logits_of
 from repbnn_cli.train.norms import synchronised
 from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Recipe, Stage

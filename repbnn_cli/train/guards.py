@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import repbnn_cli
 from repbnn_cli.errors import UsageError
+from repbnn_cli.logits import checked_logits
 from repbnn_cli.train import health
 from repbnn_cli.train.data import Dataset, ImageFolders
-from repbnn_cli.train.measure import logits_of
 from repbnn_cli.train.recipes import Recipe
 
 
@@ -68,13 +68,8 @@ def check(network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example
             continue
         training = part.training
         with torch.no_grad():
-            outputs = logits_of(part.eval()(example)).shape[1]
+            checked_logits(part.eval(), example, classes, name)
         part.train(training and part is network)
-        if outputs != classes:
-            raise UsageError(
-                f"the {name} has {outputs} outputs, the data set {classes} classes; choose the data set that it was "
-                f"made for, or build it with {classes} classes"
-            )
 
 
 def environment(dataset: Dataset | ImageFolders, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
+from repbnn_cli.logits import checked_logits, logits_of
 from repbnn_cli.train.ranks import Ranks
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
@@ -30,12 +31,6 @@ class Evaluation:
     images: int
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits of a forward; a network with a teacher inside returns (logits, teacher logits)."""
-    logits: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return logits.float()
-
-
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -43,17 +38,20 @@ def evaluate(
     *,
     forward: Callable[[Tensor], object] | None = None,
     ranks: Ranks | None = None,
+    classes: int | None = None,
 ) -> Evaluation:
     """Accuracy in eval mode; the network's mode is as before afterwards. One transfer from the device in all.
 
-    forward: computes the network's output in its place; ranks: whose batches are counted together.
+    forward: computes the network's output in its place; ranks: whose batches are counted together; classes: how many
+    logits the first batch is checked to give.
     """
     totals: Tensor | None = None
     forward = forward or network
     with _modes_kept(network):
         network.eval()
         for images, labels in batches:
-            logits = logits_of(forward(images))
+            first = classes is not None and totals is None
+            logits = checked_logits(forward, images, classes) if first else logits_of(forward(images))
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_full((), len(labels))])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d
-from repbnn_cli.train.measure import logits_of
+from repbnn_cli.logits import logits_of
 from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Stage
 
