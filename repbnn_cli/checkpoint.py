@@ -112,7 +112,8 @@ class Checkpoint:
 def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool = False) -> Checkpoint:
     """Read a checkpoint: torch (zip or legacy), safetensors, or this tool's own format.
 
-    ``key`` names the entry that holds the state dict (dots go deeper) instead of the search through ``CONTAINERS``.
+    ``key`` names the entry that holds the state dict (dots go deeper) instead of the search through ``CONTAINERS``, or
+    what the names of the network's tensors begin with, where others lie beside them.
     No code from the file is run, unless ``unsafe`` is given: then it is unpickled as Python does it, and a pickled
     module gives its ``state_dict()``. Raises CheckpointError, one line that begins with the path.
     """
@@ -130,7 +131,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool =
             "device; save it after the weights were loaded"
         )
     tensors, prefix, notes = _unwrapped(found.tensors)
-    notes = found.notes + notes
+    prefix, notes = found.start + prefix, found.notes + notes
     if payload is not None:
         # The names in an own file are exactly those of its network, and nothing in it is there by chance.
         tensors, prefix, notes = found.tensors, "", []
@@ -179,6 +180,7 @@ class _Found(NamedTuple):
     container: str
     metadata: dict[str, Any]
     notes: list[str]
+    start: str = ""  # of the tensors' names, where --key named it
 
 
 def _own_payload(path: Path, content: Any) -> dict[str, Any] | None:
@@ -209,7 +211,7 @@ def _find(path: Path, content: Any, key: str | None) -> _Found:
             f"{path}: holds {_described(content)}, not a dictionary of tensors; save model.state_dict() instead"
         )
     candidates = list(_candidates(content, ()))
-    chosen = _entry(path, content, key, candidates) if key else _choose(path, content, candidates)
+    chosen, start = _entry(path, content, key, candidates) if key else (_choose(path, content, candidates), "")
     others = [".".join(other) for other in candidates if other != chosen]
     value = _at(content, chosen)
     notes = [f"also found {other}; choose it with --key {other}" for other in others]
@@ -222,7 +224,22 @@ def _find(path: Path, content: Any, key: str | None) -> _Found:
             if not isinstance(item, Tensor)
         ]
     metadata, ignored = _beside(content, chosen, candidates)
-    return _Found(_state_of(value) or {}, ".".join(chosen), metadata, notes + ignored)
+    state = _state_of(value) or {}
+    if start:
+        notes.append(left_out(state, start))
+        state = under(state, start)
+    return _Found(state, ".".join(chosen), metadata, notes + ignored, start)
+
+
+def under(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``start``, without it."""
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def left_out(tensors: Mapping[str, Tensor], start: str) -> str:
+    """What ``under`` leaves out, as a note."""
+    rest = [name for name in tensors if not name.startswith(start)]
+    return f"took the tensors under {start.removesuffix('.')}, left out {_first(rest) or 'none'}"
 
 
 def _candidates(content: Mapping[Any, Any], at: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -268,8 +285,10 @@ def _networks_in(content: Mapping[Any, Any]) -> list[str]:
     return [name for name, state in states.items() if state and any(tensor.dim() > 1 for tensor in state.values())]
 
 
-def _entry(path: Path, content: Mapping[Any, Any], key: str, candidates: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The key path that ``--key`` means, checked to hold a state dict."""
+def _entry(
+    path: Path, content: Mapping[Any, Any], key: str, candidates: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], str]:
+    """The key path that ``--key`` means, checked to hold a state dict, and what names begin with there ("": all)."""
     keys = (key,) if key in content else tuple(key.split("."))
     try:
         value = _at(content, keys)
@@ -277,9 +296,17 @@ def _entry(path: Path, content: Mapping[Any, Any], key: str, candidates: Sequenc
         problem = "is not in the file"
     else:
         if _state_of(value) is not None:
-            return keys
+            return keys, ""
         problem = f"holds {_described(value)}, not a dictionary of tensors"
-    usable = list(dict.fromkeys([*(".".join(at) for at in candidates), *_networks_in(content)]))
+    starts = []
+    for at in candidates or [()]:
+        names = _state_of(_at(content, at)) or {}
+        inner = key.removeprefix("".join(f"{part}." for part in at)) + "."
+        if any(name.startswith(inner) for name in names):
+            return at, inner
+        tops = Counter(name.partition(".")[0] for name in names if "." in name)
+        starts += [top for top, _ in tops.most_common(3)] if len(tops) < len(names) else []
+    usable = list(dict.fromkeys([*(".".join(at) for at in candidates), *_networks_in(content), *starts]))
     hint = f"possible here: {_first(usable, 6)}" if usable else "no entry of the file is a state dict"
     raise CheckpointError(f"{path}: {key} {problem}; {hint}")
 

@@ -6,14 +6,14 @@ import difflib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from repbnn_cli import zoo
-from repbnn_cli.checkpoint import PREFIXES, Checkpoint
+from repbnn_cli.checkpoint import PREFIXES, Checkpoint, left_out, under
 from repbnn_cli.errors import CheckpointError, UsageError
 
 Shape = tuple[int, ...]
@@ -123,8 +123,8 @@ class Identified:
     """The network that a checkpoint belongs to.
 
     ``tensors`` have the network's names, in its order, and load strictly; what the network ignores is left out, and
-    listed in ``notes``. ``num_classes`` is None when it is the network's own number.
-    ``alternatives`` fit as well; ``reason`` says in one sentence why it is this one.
+    listed in ``notes``; ``left_out`` says what lay beside it under other names. ``num_classes`` is None when it is the
+    network's own number. ``alternatives`` fit as well; ``reason`` says in one sentence why it is this one.
     """
 
     arch: str
@@ -133,6 +133,7 @@ class Identified:
     alternatives: tuple[str, ...]
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    left_out: str = ""
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -165,6 +166,33 @@ def prefixes_to_try(prefix: str) -> Iterator[str]:
         prefix = prefix.removeprefix(part)
     for start in range(len(parts) - 1, -1, -1):
         yield "".join(parts[start:])
+
+
+def starts_within(got: Signature, expected: Signature, ignores: Ignores = nothing) -> list[str]:
+    """What names begin with where all lies that a network expects and nothing else: other tensors may lie beside it."""
+    name = next((n for n in expected if not n.endswith(_COUNTER) and not ignores(n)), None)
+    starts = [n.removesuffix(name) for n in got if name is not None and n.endswith(f".{name}")]
+    found = []
+    for start in starts:
+        within = {n.removeprefix(start): shape for n, shape in got.items() if n.startswith(start)}
+        difference = compare(within, expected, ignores)
+        if not difference or other_classes(difference) is not None:
+            found.append(start)
+    return found
+
+
+def narrowed(checkpoint: Checkpoint, starts: Iterable[str]) -> Checkpoint:
+    """The checkpoint with the tensors alone whose names begin with the one start; CheckpointError for several."""
+    several = sorted({start.removesuffix(".") for start in starts})
+    if len(several) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: the network's tensors lie there more than once, under {_first(several, 6)}; choose "
+            f"with --key, e.g. --key {several[0]}"
+        )
+    start = f"{several[0]}."
+    notes = (*checkpoint.notes, left_out(checkpoint.tensors, start))
+    tensors = under(checkpoint.tensors, start)
+    return replace(checkpoint, tensors=tensors, prefix=checkpoint.prefix + start, notes=notes)
 
 
 def identify(
@@ -208,6 +236,14 @@ def resolve(
     if arch is not None and signatures is None:
         signatures, ignores = {arch: zoo.signature(arch)}, zoo.ARCHS[arch].ignores
     matches = identify(checkpoint.tensors, signatures, prefix=checkpoint.prefix, ignores=ignores)
+    if matches and not matches[0].exact:
+        got, starts = shapes_of(checkpoint.tensors), list[str]()
+        for name in [arch] if arch is not None else known:
+            expected = zoo.signature(name) if signatures is None else signatures[name]
+            starts += starts_within(got, expected, zoo.ARCHS[name].ignores if signatures is None else ignores)
+        if starts:
+            within = resolve(narrowed(checkpoint, starts), arch, signatures)
+            return replace(within, left_out=left_out(checkpoint.tensors, starts[0]))
     if arch is not None:
         chosen = next(match for match in matches if match.arch == arch)
         if not chosen.exact:

@@ -51,13 +51,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class Source:
-    """A network ready to be captured. `file` is None for a network without trained weights."""
+    """A network ready to be captured. `file` is None for a network without trained weights.
+
+    left_out: which tensors of the file were left out since they lie beside the network's; "" where none were.
+    """
 
     model: nn.Module
     origin: Origin
     file: Checkpoint | None = None
     reason: str = ""
     notes: tuple[str, ...] = field(default_factory=tuple)
+    left_out: str = ""
 
     @property
     def trusted(self) -> bool:
@@ -86,14 +90,17 @@ def from_checkpoint(
         raise UsageError(f"{path}: is a result of `repbnn transform` already; transform its source ({source}) instead")
     if checkpoint.PACKED in file.metadata:
         raise UsageError(f"{path}: is a packed network (`repbnn export packed`), for inference alone; name its source")
-    checkpoint.check_finite(file.tensors, path)
-    if model is not None:
+    if model is None:
+        checkpoint.check_finite(file.tensors, path)
+    else:
         if arch is not None:
             raise UsageError("--model and --arch both name the network; give one of them")
         network = build_user_model(model, parse_args(model_args)).eval()
+        file, rest = user_model.part_of(file, network)
+        checkpoint.check_finite(file.tensors, path)
         user_model.load_weights(network, file.tensors, prefix=file.prefix, path=path)
         origin = Origin(None, model, parse_args(model_args), None, parse_input_size(input_size))
-        return Source(network, origin, file, f"built by {model}", file.notes)
+        return Source(network, origin, file, f"built by {model}", file.notes, rest)
     found = identify.resolve(file, arch)
     shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[found.arch].input_shape,)
     with torch.device("meta"):
@@ -101,7 +108,7 @@ def from_checkpoint(
     network.load_state_dict(found.tensors, assign=True)
     network.eval()
     origin = Origin(found.arch, None, {}, found.num_classes, shape)
-    return Source(network, origin, file, found.reason, (*file.notes, *found.notes))
+    return Source(network, origin, file, found.reason, (*file.notes, *found.notes), found.left_out)
 
 
 def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:

@@ -21,10 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli.checkpoint import Checkpoint, left_out
 from repbnn_cli.code_base import findable
 from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError, CheckpointError, UsageError
-from repbnn_cli.identify import Difference, Ignores, compare, nothing, other_classes, prefixes_to_try, shapes_of
+from repbnn_cli.identify import (
+    Difference,
+    Ignores,
+    compare,
+    narrowed,
+    nothing,
+    other_classes,
+    prefixes_to_try,
+    shapes_of,
+    starts_within,
+)
 
 _EXPECTED = "expected path/to/file.py:callable or package.module:callable"
 # Code that is not the user's, for finding his line in a traceback and his files among the loaded modules.
@@ -75,6 +86,18 @@ def build(
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec}: gives a {type(model).__name__}, not an nn.Module; name a function that returns one")
     return _unwrapped(model)
+
+
+def part_of(file: Checkpoint, model: nn.Module) -> tuple[Checkpoint, str]:
+    """The file with the model's tensors alone, where they all lie under one prefix beside others; and what those are.
+
+    The file as it is where it fits, or does not fit at all.
+    """
+    got = shapes_of(file.tensors)
+    expected = shapes_of({name: item for name, item in model.state_dict().items() if isinstance(item, Tensor)})
+    fits = any(not compare({p + n: s for n, s in got.items()}, expected) for p in prefixes_to_try(file.prefix))
+    starts = [] if fits else starts_within(got, expected)
+    return (narrowed(file, starts), left_out(file.tensors, starts[0])) if starts else (file, "")
 
 
 def load_weights(

@@ -114,6 +114,19 @@ def test_documented_order_and_key(tmp_path: Path) -> None:
     assert "nothing is not in the file; possible here: model, ema.module, other" in refusal(path, key="nothing")
 
 
+def test_a_key_may_be_what_the_names_begin_with(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"state_dict": {**state("net.model."), "train_acc.tp": torch.zeros(1)}, "epoch": 3}, path)
+    for key in ("net", "state_dict.net", "net.model"):
+        ckpt = load(path, key=key)
+        same(ckpt.tensors, state())
+        assert (ckpt.container, ckpt.prefix, ckpt.metadata) == ("state_dict", "net.model.", {"epoch": 3})
+        assert f"took the tensors under {key.removeprefix('state_dict.')}, left out train_acc.tp" in ckpt.notes
+    assert "nett is not in the file; possible here: state_dict, net, train_acc" in refusal(path, key="nett")
+    torch.save(state("encoder."), path)
+    same(load(path, key="encoder").tensors, state())
+
+
 def test_a_name_of_the_authors_own(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"binary_net": state(), "losses": {"a": torch.tensor(1.0)}, "step": 1}, path)

@@ -152,6 +152,18 @@ def test_the_nearest_network_is_shown() -> None:
     ]
 
 
+def test_a_network_beside_other_tensors_is_found() -> None:
+    own = {f"net.{name}": tensor for name, tensor in tensors_of(SIGNATURES["plain_net"]).items()}
+    found = resolve(made({**own, "acc.total": torch.zeros(1)}), signatures=SIGNATURES)
+    assert (found.arch, set(found.tensors)) == ("plain_net", set(SIGNATURES["plain_net"]))
+    assert found.left_out == "took the tensors under net, left out acc.total"
+    twice = {**own, **{name.replace("net.", "teacher.", 1): tensor for name, tensor in own.items()}}
+    with pytest.raises(
+        CheckpointError, match=r"more than once, under net, teacher; choose with --key, e\.g\. --key net"
+    ):
+        resolve(made(twice), signatures=SIGNATURES)
+
+
 def test_a_named_network_that_does_not_fit() -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve(made(tensors_of(SIGNATURES["plain_net"]), "a.pth"), "alpha_net", signatures=SIGNATURES)

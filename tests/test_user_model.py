@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from repbnn_cli.checkpoint import load
 from repbnn_cli.cpu_only import cpu_only
 from repbnn_cli.errors import CaptureError, CheckpointError, UsageError
-from repbnn_cli.user_model import build, load_weights
+from repbnn_cli.user_model import build, load_weights, part_of
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 
@@ -396,6 +397,19 @@ def test_a_prefix_that_belongs_to_the_model_is_put_back() -> None:
     model = nn.ModuleDict({"model": nn.Linear(1, 1)})
     load_weights(model, {"weight": torch.tensor([[5.0]]), "bias": torch.tensor([6.0])}, prefix="module.model.")
     assert model["model"].weight.item() == 5.0
+
+
+def test_a_model_beside_other_tensors_is_found(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.pt", Small().state_dict()
+    torch.save({**{f"lit.net.{name}": t for name, t in state.items()}, "acc.tp": torch.zeros(1)}, path)
+    file, said = part_of(load(path), Small())
+    assert said == "took the tensors under lit.net, left out acc.tp"
+    assert file.tensors.keys() == state.keys()
+    load_weights(Small(), file.tensors, prefix=file.prefix)
+    torch.save(state, path)
+    assert part_of(load(path), Small())[1] == ""
+    torch.save({**{f"net.{name}": t for name, t in state.items() if name != "fc.bias"}, "tp": torch.zeros(1)}, path)
+    assert part_of(load(path), Small())[1] == ""  # incomplete: refused by load_weights as it is
 
 
 def test_ignored_names_and_absent_counters() -> None:

@@ -27,7 +27,10 @@ Model = Annotated[
 ]
 ModelArgs = Annotated[str | None, typer.Option("--model-args", help="""Its arguments, JSON: '{"num_classes": 10}'.""")]
 InputSize = Annotated[str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32.")]
-Key = Annotated[str | None, typer.Option("--key", help="Entry of the file that holds the state dict, e.g. ema.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", help="Entry of the file that holds the state dict, e.g. ema, or how its names begin there."),
+]
 Unsafe = Annotated[
     bool,
     typer.Option("--unsafe-load", help="Unpickle the file as Python does, running code in it. Trusted files only."),

@@ -38,7 +38,7 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         "dtypes": file.dtypes,
         "stated accuracy": {"top1": accuracy.percent, "key": accuracy.key} if accuracy else None,
         "metadata": {} if stored else file.metadata,
-        "notes": list(file.notes),
+        "notes": [*file.notes, *([found.left_out] if found and found.left_out else [])],
         "network": found.arch if found else (stored or {}).get("source", {}).get("arch"),
         "classes": found.num_classes if found else None,
         "because": found.reason if found else None,

@@ -87,6 +87,7 @@ def examined(
         src = source.from_checkpoint(
             target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
+        say_left_out(src)
     else:
         src = zoo_network(target, input_size)
         if values:
@@ -124,6 +125,12 @@ def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
     if Path(name).exists() or origin.get("model"):
         return source.from_checkpoint(name, input_size=input_size, **origin)
     return zoo_network(name, input_size)
+
+
+def say_left_out(src: Source) -> None:
+    """Which tensors of the file are none of the network's, where they lie beside it."""
+    if src.left_out:
+        views.say(f"note: {src.left_out}")
 
 
 def say_attempts(network: Network) -> None:
