@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 Signature = Mapping[str, Shape]
 Ignores = Callable[[str], bool]
 
+_NEAR = 0.2  # the share of agreeing tensors from which on the nearest network is shown
 # A counter that PyTorch before 0.4.1 did not save and that inference does not need.
 _COUNTER = ".num_batches_tracked"
 # Under these keys training scripts store what they call the network.
@@ -351,9 +352,11 @@ def _identified(
 
 def _no_fit(checkpoint: Checkpoint, nearest: Match | None, *, given: bool) -> CheckpointError:
     path, total = checkpoint.path, len(checkpoint.tensors)
-    own_code = "give its code with --model file.py:callable"
+    own_code = "give its code with --model file.py:callable (of transform, profile, evaluate, ...)"
     if nearest is None:
         return CheckpointError(f"{path}: there is no network to compare its {total} tensors with; {own_code}")
+    if not given and nearest.score < _NEAR:  # some other network: what it lacks says nothing
+        return CheckpointError(f"{path}: its {total} tensors fit no known network; {own_code}")
     brief = ", ".join(nearest.difference.lines(shown=1))
     if given:
         text = (

@@ -5,6 +5,7 @@ Everything goes to stderr, so that stdout holds results alone.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -137,9 +138,9 @@ def distance_lines(reached: Sequence[runs.Reached]) -> list[str]:
     return lines
 
 
-def next_line(best: str, *, rep: bool) -> str:
-    """What to do with the network of a finished run."""
-    return f"next: repbnn report {best}" if rep else f"next: repbnn transform {best}"
+def next_line(best: str, *, rep: bool, model: str | None) -> str:
+    """What to do with the network of a finished run; model: the user's own code."""
+    return f"next: repbnn {'report' if rep else 'transform'} {shlex.quote(best)}{views.own_code(model)}"
 
 
 def _state(now: runs.Progress) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,6 +44,11 @@ def say(*lines: str) -> None:
         return
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def own_code(model: str | None) -> str:
+    """How a command line goes on where the network is the user's own: `--model file.py:callable`."""
+    return "" if model is None else f" --model {shlex.quote(model)}"
 
 
 def json_text(value: Any) -> str:

@@ -67,7 +67,8 @@ def test_export_says_what_the_bytes_are_and_evaluates_the_same(result: str, caps
     capsys.readouterr()
     assert run(["export", "packed", result, *OWN, "-o", "net.packed"]) == 0
     size = Path("net.packed").stat().st_size
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert said.endswith("next: repbnn evaluate net.packed --model tiny.py:make --data folder:DIR\n")
     assert f"{size:,} = header " in out
     assert "as `repbnn profile` predicts" in out
     assert run(["export", "packed", result, *OWN, "-o", "net.packed", "--json", "--force"]) == 0
@@ -93,7 +94,8 @@ def test_export_of_half_precision_and_of_a_convolution_that_takes_each_copy_alon
     )
     own, rules = ["--model", f"tiny.py:{name}"], ["--rules", "alone.yaml"] if name == "make" else []
     assert run(["transform", "tiny.pt", *own, *rules, "-o", "own.pt", "--verify", "quick"]) == 0
-    capsys.readouterr()
+    what = f"own.pt --model tiny.py:{name}"
+    assert f"wrote own.pt; next: repbnn profile {what}, repbnn report {what} --markdown\n" in capsys.readouterr().err
     assert run(["export", "packed", "own.pt", *own, "-o", "own.packed"]) == 0
     assert "4 of 4 images in the same class" in capsys.readouterr().out
 

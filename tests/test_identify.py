@@ -143,13 +143,20 @@ def test_the_nearest_network_is_shown() -> None:
     assert str(caught.value) == (
         "a.pth: its 8 tensors fit no known network; nearest is plain_net (22% agree): 1 missing (bn1.weight), "
         "5 unexpected (extra.0 and 4 more), 1 mis-shaped (conv1.weight (4, 1, 3, 3), expected (4, 3, 3, 3)); "
-        "give its code with --model file.py:callable"
+        "give its code with --model file.py:callable (of transform, profile, evaluate, ...)"
     )
     assert caught.value.__notes__ == [
         "1 missing (bn1.weight)",
         "5 unexpected (extra.0, extra.1, extra.2 and 2 more)",
         "1 mis-shaped (conv1.weight (4, 1, 3, 3), expected (4, 3, 3, 3))",
     ]
+
+
+def test_what_is_far_from_every_network_names_none() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resolve(made({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}, "a.pth"), signatures=SIGNATURES)
+    assert str(caught.value).startswith("a.pth: its 2 tensors fit no known network; give its code with --model file.py")
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_a_network_beside_other_tensors_is_found() -> None:
@@ -169,7 +176,8 @@ def test_a_named_network_that_does_not_fit() -> None:
         resolve(made(tensors_of(SIGNATURES["plain_net"]), "a.pth"), "alpha_net", signatures=SIGNATURES)
     assert str(caught.value) == (
         "a.pth: does not fit --arch alpha_net: 1 missing (conv1.alpha), 1 unexpected (bn1.weight); "
-        "leave --arch out to find the network, or give its code with --model file.py:callable"
+        "leave --arch out to find the network, or give its code with --model file.py:callable (of transform, profile, "
+        "evaluate, ...)"
     )
 
 

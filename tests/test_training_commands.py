@@ -207,7 +207,7 @@ def test_a_small_float_teacher_and_everything_around_a_run(
     assert "stage 1 of 2, first: 2 epochs, binary kernels; hands over every tensor\n" in shown.err
     assert "stage 2 of 2, second: 2 epochs, binary kernels\n" in shown.err
     assert "second epoch 2/2  loss " in shown.err
-    assert shown.err.endswith("next: repbnn transform best.pth\n")
+    assert shown.err.endswith("next: repbnn transform best.pth --model tiny.py:make\n")
     assert shown.out.endswith("\nbest.pth\n")
     kept, best = (torch.load(file, weights_only=True)["state_dict"] for file in ("best.pth", "r/checkpoints/best.pt"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())

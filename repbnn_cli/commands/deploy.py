@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from repbnn_cli import checkpoint, kernel_views, profiler, views
+from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.targets import Examined
 from repbnn_cli.deploy import agreement, latency, packed
@@ -48,7 +50,9 @@ def export_packed(
         views.print_json(facts)
         return
     views.console().print(views.facts(kernel_views.packed_facts(facts)))
-    views.say(f"next: repbnn evaluate {place}")
+    data = registry.ARCHS[found.origin.arch].data if found.origin.arch else ""
+    named = {"CIFAR-10": "", "ImageNet": " --data imagenet:DIR"}.get(data, " --data folder:DIR")
+    views.say(f"next: repbnn evaluate {shlex.quote(str(place))}{views.own_code(found.origin.model)}{named}")
 
 
 def timings(

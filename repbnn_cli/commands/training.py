@@ -145,7 +145,8 @@ def _deliver(
         return
     reached = f"top-1 {outcome.top1:.2f} %, best {outcome.best_top1:.2f} % (epoch {outcome.best_epoch})"
     views.console().print(f"{reached}\n{best}", soft_wrap=True)
-    views.say(*(f"note: {n}" for n in notes), run_views.next_line(best, rep=pupil.opened is not None))
+    views.say(*(f"note: {n}" for n in notes),
+              run_views.next_line(best, rep=pupil.opened is not None, model=pupil.origin.model))  # fmt: skip
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def transform(
         if output is None:
             target.parent.mkdir(exist_ok=True)
         result.save(payload, target, force=force)
-    _show_transform(src, plan, certificate, target, as_json=as_json)
+    _show_transform(src, plan, certificate, target, newest=output is None, as_json=as_json)
     if not certificate.passed:
         failed = ", ".join(c.name for c in certificate.checks if not c.passed)
         raise VerificationError(f"{path}: check failed: {failed}; nothing was written")
@@ -109,7 +110,10 @@ def _show_plan(src: Source, plan: Plan, *, as_json: bool) -> None:
     views.say(*_notes(plan), "dry run: nothing was changed or written")
 
 
-def _show_transform(src: Source, plan: Plan, certificate: Certificate, target: Path, *, as_json: bool) -> None:
+def _show_transform(
+    src: Source, plan: Plan, certificate: Certificate, target: Path, *, newest: bool, as_json: bool
+) -> None:
+    """newest: whether commands find the result by themselves."""
     if as_json:
         passed = certificate.passed
         outcome = {"certificate": certificate.as_plain(), "passed": passed, "output": str(target) if passed else None}
@@ -122,7 +126,8 @@ def _show_transform(src: Source, plan: Plan, certificate: Certificate, target: P
     out.print(views.certificate_table(certificate.as_plain()))
     views.say(*_notes(plan))
     if certificate.passed:
-        views.say(f"wrote {target}; next: repbnn profile, repbnn report --markdown")
+        what = ("" if newest else f" {shlex.quote(str(target))}") + views.own_code(src.origin.model)
+        views.say(f"wrote {target}; next: repbnn profile{what}, repbnn report{what} --markdown")
 
 
 def _plain_plan(src: Source, plan: Plan) -> dict[str, Any]:
