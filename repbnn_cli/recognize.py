@@ -298,6 +298,11 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         axes = {n: p.axis for n, p in rule.per_channel.items()}
         _check_tensors(rule, path, module, axes)
         return Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise RulesError(
+            f"{rule.where} role: {path} is a {type(module).__name__}, whose kernel holds its inputs first: no RepConv "
+            "is made of it; `role: weightless`, or a rule with `apply: tile`, applies it to each copy"
+        )
     kernel = rule.kernel or "weight"
     _check_tensors(rule, path, module, [kernel, *rule.per_channel])
     tensor: Tensor = fetch(module, kernel)

@@ -341,6 +341,18 @@ def test_a_declaration_that_does_not_fit_is_refused(more: str, says: str) -> Non
         planned(Body(nn.Sequential(Flat(8, 8), nn.BatchNorm2d(8))), rule=declared("Flat", more))
 
 
+def test_a_transposed_convolution_is_no_repconv_but_is_applied_to_each_copy() -> None:
+    """Its kernel is (inputs, outputs, ...), which no fold knows."""
+    model = randomize(Body(nn.Sequential(nn.ConvTranspose2d(8, 8, 1), nn.BatchNorm2d(8))))
+    text = "extends: reptran\nmodules:\n  - {{match: {{path: body.0}}, role: {}}}\n"
+    with pytest.raises(
+        RulesError, match=r"^mine\.yaml:3 role: body\.0 is a ConvTranspose2d, .* `role: weightless`, or"
+    ):
+        planned(model, rule=written(text.format("float_conv")))
+    plan = planned(model, rule=written(text.format("weightless")))
+    assert verify.verify(model, plan, surgery.apply(plan), gradients=False).passed
+
+
 def test_a_declaration_overrides_what_would_be_found() -> None:
     rules = declared("Standardised", "kernel: weight")
     model = randomize(Body(nn.Sequential(Standardised(8, 8, 3, padding=1), nn.BatchNorm2d(8))))
