@@ -50,8 +50,10 @@ def evaluate(
     with _modes_kept(network):
         network.eval()
         for images, labels in batches:
-            first = classes is not None and totals is None
-            logits = checked_logits(forward, images, classes) if first else logits_of(forward(images))
+            if classes is not None and totals is None:
+                logits = checked_logits(forward, images, classes)
+            else:
+                logits = logits_of(forward(images))
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_full((), len(labels))])
