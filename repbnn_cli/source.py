@@ -181,6 +181,11 @@ def parse_input_size(text: str | None) -> tuple[tuple[int, ...], ...]:
         shapes = tuple(tuple(int(n) for n in part.lower().split("x")) for part in text.split(","))
     except ValueError:
         shapes = ()
+    if len(shapes) > 2 and all(len(shape) == 1 for shape in shapes):
+        raise UsageError(
+            f"--input-size {text}: commas separate several inputs; for one input of {shapes[0][0]} channels write "
+            f"{text.replace(',', 'x')}"
+        )
     if not shapes or any(n < 1 for shape in shapes for n in shape):
         raise UsageError(f"--input-size {text}: expected channels x height x width, e.g. 3x32x32 or 3x224x224")
     return shapes

@@ -66,7 +66,7 @@ def build(
     if file is not None and not file.is_file():
         raise UsageError(f"{spec}: there is no file {location}{_nearest_file(Path(location))}")
     if not name:
-        known = f"; in this file: {', '.join(_public_names(file))}" if file else ""
+        known = f"; in this file: {_listed(_public_names(file))}" if file else ""
         raise UsageError(f"{spec}: names no callable, {_EXPECTED}{known}")
     folders = [str(Path.cwd())]
     if file is not None:
@@ -189,13 +189,17 @@ def _attribute(spec: str, module: ModuleType, name: str) -> Any:
         if not hasattr(target, part):
             public = _public_callables(module)
             near = difflib.get_close_matches(name, public, n=3)
-            choice = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(public[:12]) or 'no callables'}"
+            choice = f"nearest: {', '.join(near)}" if near else f"it has: {_listed(public) or 'no callables'}"
             raise UsageError(f"{spec}: no {name} in {module.__name__}; {choice}")
         target = getattr(target, part)
     if not callable(target):
         public = _public_callables(module)
-        raise UsageError(f"{spec}: {name} is a {type(target).__name__}, not callable; it has: {', '.join(public[:12])}")
+        raise UsageError(f"{spec}: {name} is a {type(target).__name__}, not callable; it has: {_listed(public)}")
     return target
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _public_callables(module: ModuleType) -> list[str]:
@@ -213,7 +217,7 @@ def _public_names(file: Path) -> list[str]:
     with contextlib.suppress(SyntaxError, ValueError, OSError):
         body = ast.parse(file.read_bytes()).body
         kinds = (ast.FunctionDef, ast.ClassDef)
-        return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")][:12]
+        return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
     return []
 
 

@@ -178,6 +178,11 @@ BAD = [
     (["transform", "ckpt.pth", "--model", "ckpt.pth"], 2, r"callable"),
     (["transform", "ckpt.pth", "--input-size", "32"], 3, r""),
     (["transform", "ckpt.pth", "--input-size", "3xx"], 2, r"--input-size 3xx: expected"),
+    (["transform", "ckpt.pth", "--input-size", "3,32,32"], 2, r"for one input of 3 channels write 3x32x32"),
+    (["finetune", "out/nope.pt", "--data", "digits"], 3, r"out/nope\.pt: no such file"),
+    (["evaluate", "nope.pth", "--data", "digits"], 3, r"nope\.pth: no such file"),
+    (["calibrate", "nope.pt"], 3, r"nope\.pt: no such file"),
+    (["evaluate", "irnet_resnet"], 2, r"unknown network 'irnet_resnet'.*irnet_resnet20"),
     (["transform", "ckpt.pth", "--model-args", "{", "--model", "net.py:f"], 2, r"--model-args: not JSON"),
     (["profile", "irnet_resnet"], 2, r"unknown network 'irnet_resnet'.*irnet_resnet20"),
     (["profile", "missing.pt"], 3, r"missing\.pt: no such file"),
@@ -213,6 +218,16 @@ def test_bad_input_is_one_line_and_the_right_code(
     assert run(command) == code
     assert re.search(pattern, error_of(capsys))
     assert sorted(p.name for p in bad_files.rglob("*") if p.is_file()) == before
+
+
+def test_compare_tells_files_of_one_name_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["transform", "ckpt.pth", "-o", "rep.pt"]) == 0
+    (here / "out").mkdir()
+    (here / "out" / "ckpt.pth").write_bytes((here / "rep.pt").read_bytes())
+    capsys.readouterr()
+    assert run(["compare", "ckpt.pth", "out/ckpt.pth", "out/../rep.pt", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["networks"]
+    assert [row["target"] for row in rows] == ["ckpt.pth", "out/ckpt.pth", "rep.pt"]
 
 
 def test_existing_output_is_kept_without_force(transformed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +400,15 @@ def test_own_network_from_scratch(own_network: Path, capsys: pytest.CaptureFixtu
 def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from repbnn_cli.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", [[], ["rules"], ["export"], ["recipes"]])
+def test_a_group_without_a_command_shows_its_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command) == 2
+    without = capsys.readouterr().err
+    assert run([*command, "--help"]) == 0
+    assert without.split() == capsys.readouterr().out.split()
+    assert without.count("\n") > 8
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -233,6 +233,9 @@ def test_mistakes_in_the_name(write: Callable[..., Path], tmp_path: Path) -> Non
     assert usage(f"{file}:resnext101").endswith("no resnext101 in mynet; it has: Net, net, broken, ready")
     assert usage(f"{file}:TABLE").endswith("TABLE is a dict, not callable; it has: Net, net, broken, ready")
     assert "there is no module nowhere here" in usage("nowhere.models:net")
+    many = write("".join(f"def net{n}(): pass\n" for n in range(15)), "many.py")
+    for said in (usage(f"{many}:zzz"), usage(str(many))):
+        assert said.endswith("net0, net1, net2, net3, net4, net5, net6, net7, net8, net9, net10, net11 and 3 more")
 
 
 def test_mistakes_in_the_arguments(write: Callable[..., Path]) -> None:

@@ -72,6 +72,9 @@ def _explain(error: BaseException, debug: bool) -> int:
     rank = runs.other_rank()
     label = "error" if rank is None else f"rank {rank}: error"
     describe = getattr(error, "format_message", None)  # typer's usage errors; the class moved between its versions
+    if callable(describe) and type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
+        print(describe(), file=sys.stderr)
+        return 2
     if callable(describe):
         context: Any = getattr(error, "ctx", None)
         where = f" (see `{context.command_path} --help`)" if context else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -104,6 +105,8 @@ def compare(
     _one_format(as_json, as_csv, markdown)
     targets.check_output(output, force=force)
     entries = [entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
+    shared = Counter(e.target for e in entries)  # se.pt and out/se.pt need their folders to be told apart
+    entries = [replace(e, target=n) if shared[e.target] > 1 else e for e, n in zip(entries, names, strict=True)]
     if as_json:
         text = views.json_text(side_by_side.entries_as_dict(entries))
     elif as_csv:

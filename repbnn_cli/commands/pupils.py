@@ -12,6 +12,7 @@ from torch import nn
 
 from repbnn_cli import result, runs, shapes, source, views
 from repbnn_cli import zoo as registry
+from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed
 from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
@@ -103,7 +104,7 @@ def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
     path = Path(target)
     if not path.exists():
         if target not in registry.ARCHS:
-            registry.build(target)  # says which names are near
+            targets.zoo_network(target, None)  # says that there is no such file, or which names are near
         origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
         return Pupil(target, registry.build(target), origin, target=target)
     name = _name(path)
