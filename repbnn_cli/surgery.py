@@ -19,7 +19,7 @@ from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
-from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe
+from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import holds_tensor, positions
 from repbnn_cli.probe import ConvCalls
@@ -351,11 +351,14 @@ class _Start:
             growth = 1.0
         else:
             return (recipe.first(new) if isinstance(recipe, Mean) else recipe(new)).contiguous()
-        shape = torch.Size(recipe.result_shape(new.shape))
+        # A depthwise filter is shuffled as the source has it, so that its copies start alike, as all replicas do.
+        shape = new.shape if isinstance(recipe, Tile) else torch.Size(recipe.result_shape(new.shape))
         random = torch.Generator().manual_seed(zlib.crc32(edit.path.encode(), self._seed))  # equal layers start unlike
         rounds = -(-shape.numel() // new.numel())
         order = torch.cat([torch.randperm(new.numel(), generator=random) for _ in range(rounds)])[: shape.numel()]
         drawn = new.flatten()[order.to(new.device)].reshape(shape)
+        if isinstance(recipe, Tile):
+            return recipe(drawn).contiguous()
         return drawn / growth**0.5 if getattr(module, "starts_by_fan_in", True) else drawn
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import released_network
 import torch
 from golden_fill import example_input, fill
 from merged_reference import assert_identical, both
-from networks import Body, Residual, conv, images, planned, randomize, rule_set, transformed
+from networks import BinaryConv, Body, Residual, conv, images, planned, randomize, rule_set, transformed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,6 +109,21 @@ def test_none_starts_as_a_new_source_does_and_always_the_same() -> None:
         assert norm.running_mean.eq(0).all()
         assert norm.running_var.eq(1).all()
     assert one.act.weight.eq(0.25).all()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, BinaryConv])
+def test_none_starts_the_copies_of_a_depthwise_filter_alike(kind: type[nn.Conv2d]) -> None:
+    model = randomize(Body(nn.Sequential(kind(8, 8, 3, groups=8), nn.BatchNorm2d(8), conv(8, 8), nn.BatchNorm2d(8))))
+    plan, rep = transformed(model, inherit="none")
+    own, source = rep.get_submodule("body.0").weight.detach(), model.body[0].weight.detach()
+    assert torch.equal(own[:8], own[8:])
+    assert not torch.equal(own[:8], source)  # shuffled
+    assert torch.equal(own[:8].flatten().sort().values, source.flatten().sort().values)
+    assert verify.verify(model, plan, rep, gradients=True).passed
+    with torch.no_grad():
+        own[3] = own[4]
+    failed = [c.values["failed"] for c in verify.verify(model, plan, rep, gradients=True).checks if not c.passed]
+    assert failed == [["body.0"]]
 
 
 def test_none_keeps_the_initialisation_that_the_source_chose() -> None:
