@@ -14,7 +14,6 @@ made it.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -23,10 +22,11 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Compact, Folded, State, Tiled
-from repbnn_cli.inherit import Columns, Kernel, Mean, Tile, runs
+from repbnn_cli.inherit import Columns, Kernel, Mean, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCall, ConvCalls
+from repbnn_cli.stand_ins import holding, per_source_channel, stand_ins
 from repbnn_cli.tracer import fetch
 
 # Of the largest value of a tensor: what a different order of summation may cost.
@@ -66,7 +66,6 @@ class Lockstep:
         self.weights: dict[str, int] = {}
         self._kernels: dict[str, list[Tensor]] = {}
         self._terms: dict[str, float] = {}
-        self._references: dict[str, nn.Module] = {}
         self._source: dict[fx.Node, Any] = {}
         self._rep: dict[fx.Node, Any] = {}
         self._mapped: dict[str, list[fx.Node]] = {}
@@ -95,15 +94,16 @@ class Lockstep:
         self._samples = len(inputs[0])
         eager: Any = None
         with contextlib.ExitStack() as stack:
-            for edit in self.edits.values():
-                if edit.action == "parameter":
-                    continue
-                self._references[edit.path] = self._reference(edit)
-                if not self.partial:
-                    stack.enter_context(self._standing_in(edit, fetch(model, edit.path)))
+            held = stand_ins(self.plan, self.rep)
+            for network in (self.plan.network.module, model):
+                stack.enter_context(holding(network, held))
             if not self.partial:
-                eager = model(*inputs)
-        self._advance(None)
+                with contextlib.ExitStack() as merging:
+                    for edit in self.edits.values():
+                        if edit.path in self._merging:
+                            merging.enter_context(self._standing_in(edit, fetch(model, edit.path)))
+                    eager = model(*inputs)
+            self._advance(None)
         source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
         if not self.partial:
             self.delta = difference(eager, fx.map_arg(source_out.args[0], self._source_value))
@@ -161,39 +161,36 @@ class Lockstep:
             return execute(self.plan.network.module, node, args, kwargs)
         if edit.path in self._merging and not self._kernels[edit.path]:
             return None
-        module = self._references[edit.path]
+        module: nn.Module = fetch(self.plan.network.module, edit.path)
         layout = edit.layout
         if edit.path in self._biases and isinstance(layout, Kernel):
-            shared = _per_source_channel(self._biases[edit.path], Mean(0, layout.members), layout.shape[0])
+            shared = per_source_channel(self._biases[edit.path], Mean(0, layout.members), layout.shape[0])
             args = (*args[:2], shared)
-        with self._merged_kernels(edit, module):
-            value = type(module).forward(module, *args, **kwargs)
+        value = self._with_merged_kernels(edit, module, args, kwargs)
         if edit.path in self._merging:
             self._latest = edit.path, args, value
         return value
 
     @contextlib.contextmanager
     def _standing_in(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
-        """While this lasts, the source's module computes what the reference does in its place."""
-        reference = self._references[edit.path]
-        if reference is module and edit.path not in self._merging:
-            yield
-            return
+        """While this lasts, the source's convolution computes what it does with the merged kernel."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if edit.path in self._merging:
-                self._advance(edit.path)
-                path, seen, value = self._latest
-                if path == edit.path and not kwargs and _equal(args, seen):
-                    return value.clone()  # the same layer on the same numbers
-            with self._merged_kernels(edit, reference):
-                return type(reference).forward(reference, *args, **kwargs)
+            self._advance(edit.path)
+            path, seen, value = self._latest
+            if path == edit.path and not kwargs and _equal(args, seen):
+                return value.clone()  # the same layer on the same numbers
+            return self._with_merged_kernels(edit, module, args, kwargs)
 
         module.__dict__["forward"] = forward
         try:
             yield
         finally:
             del module.__dict__["forward"]
+
+    def _with_merged_kernels(self, edit: ModuleEdit, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        with self._merged_kernels(edit, module):
+            return type(module).forward(module, *args, **kwargs)
 
     @contextlib.contextmanager
     def _merged_kernels(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
@@ -219,32 +216,6 @@ class Lockstep:
             return False
         taken = [column for group in recipe.groups for column in group]
         return len(taken) == len(recipe.groups) and len(set(taken)) == self.plan.layers[edit.path].in_channels
-
-    def _reference(self, edit: ModuleEdit) -> nn.Module:
-        """The source module, with tensors that several channels now share, or that start afresh, as the Rep network
-        has them: one value per source channel."""
-        module: nn.Module = fetch(self.plan.network.module, edit.path)
-        own: nn.Module = fetch(self.rep, edit.path)
-        if edit.reset and edit.action == "repeat_output":
-            return own
-        recipes = dict(edit.tensors)
-        changed: dict[str, Tensor] = {}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            recipe = recipes.get(name)
-            if isinstance(recipe, Mean) or (edit.reset and isinstance(recipe, Tile)):
-                changed[name] = _per_source_channel(fetch(own, name).detach(), recipe, tensor.shape[recipe.axis])
-            elif edit.reset and recipe is None and fetch(own, name).shape == tensor.shape:
-                changed[name] = fetch(own, name).detach()
-        if not changed:
-            return module
-        memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
-        reference: nn.Module = copy.deepcopy(module, memo)
-        for name, value in changed.items():
-            owner_path, _, leaf = name.rpartition(".")
-            owner = fetch(reference, owner_path) if owner_path else reference
-            kind = owner._parameters if leaf in owner._parameters else owner._buffers
-            kind[leaf] = nn.Parameter(value, False) if kind is owner._parameters else value  # type: ignore[assignment]
-        return reference
 
     def _summed(self, edit: ModuleEdit, kernel: Tensor) -> Tensor:
         """Σ over input replicas of a Rep kernel: (O/β, I/groups, k...), for a last layer (O, I, k...).
@@ -353,16 +324,6 @@ def _equal(a: Any, b: Any) -> bool:
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor:
-    """A Rep network's tensor as the source would hold it: `size` entries along the recipe's axis."""
-    axis = recipe.axis
-    if isinstance(recipe, Tile):
-        first = [recipe.index.index(c) for c in range(size)]
-        return value.index_select(axis, torch.tensor(first, device=value.device))
-    blocks = value.unflatten(axis, (recipe.members.groups, -1))
-    return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
 
 
 def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:

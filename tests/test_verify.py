@@ -362,3 +362,60 @@ def test_a_network_that_draws_in_eval_mode_is_told_so() -> None:
     assert failed(certificate)["merged-kernel identity"].summary.endswith(
         "the network draws random numbers in eval mode: make it deterministic there"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A fresh start: what no rule resizes is the new network's, not the trained one's
+
+
+class Untouched(nn.Module):
+    """Tensors that no rule resizes, and two that the network's own forward uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.act, self.last = BinaryConv(8, 8, 3), nn.PReLU(), nn.Linear(8, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.shift, self.scale = nn.Parameter(torch.zeros(1, 8, 1, 1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.bn(self.stem(x))) - self.shift) * self.scale
+        return self.norm(self.last(x.mean((2, 3))))
+
+
+def started_afresh() -> tuple[nn.Module, Plan, nn.Module]:
+    torch.manual_seed(0)
+    fresh, trained = Untouched(), randomize(Untouched())
+    with torch.no_grad():
+        for parameter in (trained.act.weight, trained.shift, trained.scale):
+            parameter.add_(torch.rand_like(parameter))
+    plan = planned(trained, inherit="none")
+    return trained, plan, surgery.apply(plan, fresh=fresh.state_dict())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_fresh_start_of_a_trained_network_passes(gradients: bool) -> None:
+    trained, plan, rep = started_afresh()
+    own = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    assert rep.get_parameter("act.weight").eq(0.25).all()
+    assert rep.get_parameter("shift").eq(0).all()
+    certificate = verify(trained, plan, rep, gradients=gradients)
+    assert [c.summary for c in certificate.checks if not c.passed] == []
+    assert all(torch.equal(tensor, own[name]) for name, tensor in trained.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda rep: rep.shift.data[0, 3].fill_(1.0), ":sub"),
+        (lambda rep: setattr(rep.stem, "padding", (0, 0)), "stem"),
+        (lambda rep: setattr(rep.norm, "eps", 0.5), "norm"),
+        (lambda rep: rep.bn.running_var[5].mul_(2), "bn"),
+    ],
+    ids=["one copy of a parameter", "another padding", "another eps", "one copy of a BatchNorm"],
+)
+def test_a_fresh_start_with_one_thing_wrong(change: Callable[[nn.Module], None], place: str) -> None:
+    trained, plan, rep = started_afresh()
+    change(rep)
+    found = failed(verify(trained, plan, rep, gradients=False))
+    assert found["merged-kernel identity"].values["failed"] == [place]

@@ -1,0 +1,64 @@
+"""The tensors that the source network gets while its Rep network is compared with it, from the Rep network's own.
+
+What several channels share, or what starts afresh, cannot stay the source's: in its place stands what the Rep network
+holds there, one entry per source channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repbnn_cli.inherit import Mean, Tile
+from repbnn_cli.plan import Plan
+from repbnn_cli.tracer import fetch
+
+
+def stand_ins(plan: Plan, rep: nn.Module) -> dict[str, Tensor]:
+    """Path → tensor, for all that is not the source's own, but for kernels: these are merged."""
+    recipes = {e.tensor_path(name): (recipe, e.reset) for e in plan.edits for name, recipe in e.tensors}
+    module = plan.network.module
+    found: dict[str, Tensor] = {}
+    for path, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        recipe, reset = recipes.get(path, (None, plan.rules.options.inherit == "none"))
+        if isinstance(recipe, Mean) or (reset and isinstance(recipe, Tile)):
+            found[path] = per_source_channel(fetch(rep, path).detach(), recipe, tensor.shape[recipe.axis])
+        elif reset and recipe is None and fetch(rep, path).shape == tensor.shape:
+            found[path] = fetch(rep, path).detach().clone()  # a forward may write to it
+    return found
+
+
+def per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor:
+    """A Rep network's tensor as the source would hold it: `size` entries along the recipe's axis."""
+    axis = recipe.axis
+    if isinstance(recipe, Tile):
+        first = [recipe.index.index(c) for c in range(size)]
+        return value.index_select(axis, torch.tensor(first, device=value.device))
+    blocks = value.unflatten(axis, (recipe.members.groups, -1))
+    return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
+
+
+@contextlib.contextmanager
+def holding(root: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While this lasts, `root` has these tensors, by path, in place of its own."""
+    replaced: list[tuple[dict[str, Any], str, Tensor | None]] = []
+    try:
+        for path, tensor in tensors.items():
+            owner_path, _, leaf = path.rpartition(".")
+            owner: nn.Module = fetch(root, owner_path) if owner_path else root
+            kinds: tuple[dict[str, Any], ...] = owner._parameters, owner._buffers
+            for kind in kinds:
+                if leaf in kind:
+                    replaced.append((kind, leaf, kind[leaf]))
+                    kind[leaf] = nn.Parameter(tensor, False) if kind is owner._parameters else tensor
+        yield
+    finally:
+        for kind, leaf, own in reversed(replaced):
+            kind[leaf] = own
