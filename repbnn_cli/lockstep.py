@@ -26,7 +26,7 @@ from repbnn_cli.inherit import Columns, Kernel, Mean, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCall, ConvCalls
-from repbnn_cli.stand_ins import holding, per_source_channel, stand_ins
+from repbnn_cli.stand_ins import filters, holding, per_source_channel, stand_ins
 from repbnn_cli.tracer import fetch
 
 # Of the largest value of a tensor: what a different order of summation may cost.
@@ -189,6 +189,15 @@ class Lockstep:
             del module.__dict__["forward"]
 
     def _with_merged_kernels(self, edit: ModuleEdit, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if edit.path in self._merging and not isinstance(module, BinaryConv2d):
+            # Its code may use its kernel beside the convolution, and then has to see the Rep network's. If it does not
+            # run with kernels of that size, it sees its own, which is right unless it uses them so.
+            with (
+                contextlib.suppress(Exception),
+                holding(self.plan.network.module, filters(edit, self.rep)),
+                self._merged_kernels(edit, module),
+            ):
+                return type(module).forward(module, *args, **kwargs)
         with self._merged_kernels(edit, module):
             return type(module).forward(module, *args, **kwargs)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.inherit import Mean, Tile
-from repbnn_cli.plan import Plan
+from repbnn_cli.inherit import Columns, Kernel, Mean, Tile
+from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.tracer import fetch
 
 
@@ -32,6 +32,24 @@ def stand_ins(plan: Plan, rep: nn.Module) -> dict[str, Tensor]:
             found[path] = per_source_channel(fetch(rep, path).detach(), recipe, tensor.shape[recipe.axis])
         elif reset and recipe is None and fetch(rep, path).shape == tensor.shape:
             found[path] = fetch(rep, path).detach().clone()  # a forward may write to it
+    return found
+
+
+def filters(edit: ModuleEdit, rep: nn.Module) -> dict[str, Tensor]:
+    """Path → the Rep network's kernels with one filter for each source channel, (O, I·β, k...).
+
+    What a layer computes from its kernel beside the convolution, such as XNOR-Net's mean |W| by which it multiplies
+    afterwards, is then what the Rep layer computes for the convolution channel that a source channel shares.
+    """
+    found: dict[str, Tensor] = {}
+    for name, recipe in edit.tensors:
+        own = fetch(rep, edit.tensor_path(name)).detach()
+        if isinstance(recipe, Columns):
+            found[edit.tensor_path(name)] = own.clone()
+        elif isinstance(recipe, Kernel):
+            members = recipe.members
+            kernel = own.reshape(members.out_channels // members.beta, len(recipe.column), *recipe.shape[2:])
+            found[edit.tensor_path(name)] = per_source_channel(kernel, Mean(0, members), members.out_channels)
     return found
 
 
