@@ -24,7 +24,7 @@ from repbnn_cli.channels import (
     plain,
 )
 from repbnn_cli.graph import Network
-from repbnn_cli.inherit import Recipe, Tile
+from repbnn_cli.inherit import Kernel, Recipe, Tile
 from repbnn_cli.probe import CALLED_CONVOLUTIONS
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
@@ -164,7 +164,7 @@ class OperatorWalk(Walk):
     def _pointwise(self, node: fx.Node) -> None:
         value = node.meta["value"]
         tensors = self._tensors(node)
-        if len(tensors) == 1:
+        if len(tensors) == 1 or self._by_filter(tensors, value):
             return self._carry_one(node, random=False)
         folds = any(
             isinstance(self._made[n].state, Folded)
@@ -190,6 +190,26 @@ class OperatorWalk(Walk):
             new = self._copy_mapped(node, lambda n: self._beside(node, n, value, want))
         return self._keep(node, new, want, by_position=as_they_come)
 
+    def _by_filter(self, tensors: list[fx.Node], value: Tensor) -> bool:
+        """Whether a RepConv's output meets numbers of its filters (XNOR-Net's mean |W|): they follow from the resized
+        kernel, one for each channel before the repeat."""
+        states = [self._made[n].state for n in tensors]
+        compact = next((s for s in states if isinstance(s, Compact)), None)
+        beside = [n for n, s in zip(tensors, states, strict=True) if s is None]
+        if compact is None or compact.members is None or not 0 < len(beside) == len(tensors) - 1:
+            return False
+        return all(self._is_per_channel(n, value) and self._of_filters(n, value, compact.channels) for n in beside)
+
+    def _of_filters(self, operand: fx.Node, value: Tensor, channels: int) -> bool:
+        edits = [self.edits[p] for p in (str(root.target) for root in roots(operand)) if p in self.edits]
+        kernels = {e.path: recipe for e in edits for _, recipe in e.tensors if isinstance(recipe, Kernel)}
+        shape = list(operand.meta["value"].shape)
+        shape[1 - (value.ndim - len(shape))] = channels
+        with torch.no_grad(), contextlib.suppress(Exception):  # the user's code on a kernel of another size
+            resized = {path: recipe(fetch(self.network.module, path).detach()) for path, recipe in kernels.items()}
+            return bool(kernels) and list(evaluate(self.network.module, operand, resized).shape) == shape
+        return False
+
     def _beside(self, node: fx.Node, operand: fx.Node, value: Tensor, want: Tiled) -> fx.Node:
         """An operand in the form that fits the map `want` of the result."""
         made, shape = self._made[operand], operand.meta["value"].shape
@@ -207,6 +227,13 @@ class OperatorWalk(Walk):
         """Per-channel parameters, or what is computed from them: tiled at their roots, so that the copies can drift
         apart; where that is not the same (`self.scale.view(1, 64, 1, 1)`), the operand itself is repeated."""
         new, paths = self._made[operand].node, [str(root.target) for root in roots(operand)]
+        for path in paths:
+            if path in self.edits and isinstance(self.edits[path].tensors[0][1], Kernel):
+                self._refuse(
+                    node, f"takes a number per channel from {path}, which becomes a RepConv's kernel "
+                    f"{self.edits[path].after}; none per channel follows from that here", "multiply the convolution's "
+                    "own output by it, and write no size down (`view(1, -1, 1, 1)`)",
+                )  # fmt: skip
         have = next((self._tiled_as[p] for p in paths if p in self._tiled_as), want)
         if self._tile_roots(operand, axis, have):
             order = permutation(have, want)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from repbnn_cli.inherit import Columns, Kernel, Mean, Tile
 from repbnn_cli.plan import ModuleEdit, Plan
+from repbnn_cli.static import evaluate, roots, static_nodes
 from repbnn_cli.tracer import fetch
 
 
 def stand_ins(plan: Plan, rep: nn.Module) -> dict[str, Tensor]:
-    """Path → tensor, for all that is not the source's own, but for kernels: these are merged."""
+    """Path → tensor, for all that is not the source's own; of kernels those that a forward uses directly."""
     recipes = {e.tensor_path(name): (recipe, e.reset) for e in plan.edits for name, recipe in e.tensors}
     module = plan.network.module
     found: dict[str, Tensor] = {}
@@ -32,7 +33,23 @@ def stand_ins(plan: Plan, rep: nn.Module) -> dict[str, Tensor]:
             found[path] = per_source_channel(fetch(rep, path).detach(), recipe, tensor.shape[recipe.axis])
         elif reset and recipe is None and fetch(rep, path).shape == tensor.shape:
             found[path] = fetch(rep, path).detach().clone()  # a forward may write to it
+    for edit in plan.edits:
+        own = filters(edit, rep) if edit.action == "parameter" and isinstance(edit.tensors[0][1], Kernel) else {}
+        if own and _follows(plan, own):
+            found |= own
     return found
+
+
+def _follows(plan: Plan, kernel: Mapping[str, Tensor]) -> bool:
+    """Whether all that a forward computes from a kernel can be computed from this one, of another size."""
+    static = static_nodes(plan.network.graph)
+    for node in static:
+        if not static.issuperset(node.users) and any(str(root.target) in kernel for root in roots(node)):
+            try:
+                evaluate(plan.network.module, node, kernel)
+            except Exception:  # the user's code
+                return False
+    return True
 
 
 def filters(edit: ModuleEdit, rep: nn.Module) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from networks import Body, Sign, randomize, transformed
 from test_verify import changed, edit_of, failed, swapped
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from repbnn_cli import surgery
+from repbnn_cli.errors import SurgeryError
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.verify import verify
 
@@ -102,3 +103,62 @@ def test_such_a_scale_with_one_thing_wrong() -> None:
     wrong = changed(plan, "body.0", tensors=((name, replace(kernel, column=swapped(kernel.column))), *rest))
     found = failed(verify(model, wrong, surgery.apply(wrong), gradients=False))
     assert found["merged-kernel identity"].values["failed"] == ["body.0"]
+
+
+class Xnor(nn.Conv2d):
+    """With XNOR-Net's input scale, too: a box filter over the mean of |x|, by a convolution of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        box = torch.ones(1, 1, 3, 3, device=x.device, dtype=x.dtype) / 9
+        scale = F.conv2d(x.abs().mean(1, keepdim=True), box, stride=self.stride, padding=self.padding)
+        signs = F.conv2d(Sign.apply(x), Sign.apply(self.weight), None, self.stride, self.padding)
+        return signs * self.alpha() * scale
+
+    def alpha(self) -> Tensor:
+        return self.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+
+
+class Written(Xnor):
+    def alpha(self) -> Tensor:
+        return self.weight.abs().mean((1, 2, 3)).view(1, 8, 1, 1)
+
+
+def xnor(kind: type[Xnor]) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [kind(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), kind(8, 8, 3, bias=False)]
+    return randomize(Body(nn.Sequential(*layers, nn.BatchNorm2d(8))))
+
+
+@pytest.mark.parametrize("inherit", ["fold", "reshape", "none"])
+@pytest.mark.parametrize("beta", [2, 4])
+def test_scales_of_kernel_and_input_in_a_forward_that_is_traced_into(inherit: str, beta: int) -> None:
+    model = xnor(Xnor)
+    plan, rep = transformed(model, beta=beta, inherit=inherit)
+    certificate = verify(model, plan, rep, gradients=True)
+    assert [c.summary for c in certificate.checks if not c.passed] == []
+    assert rep.get_parameter("body.0.weight").shape == (8 // beta, 8 * beta, 3, 3)
+    with torch.no_grad():
+        rep.get_submodule("body.1").weight[3] *= 1.1
+    assert failed(verify(model, plan, rep, gradients=True))["merged-kernel identity"].values["failed"] == ["body.1"]
+
+
+def test_such_a_scale_of_other_filters_is_found() -> None:
+    model = xnor(Xnor)
+    plan, rep = transformed(model)
+    assert isinstance(rep, fx.GraphModule)
+    node = next(n for n in rep.graph.nodes if n.target == "view" and n.meta["path"] == "body.0")
+    with rep.graph.inserting_after(node):
+        flipped = rep.graph.call_method("flip", (node, 1))
+    flipped.meta = dict(node.meta)
+    node.replace_all_uses_with(flipped, delete_user_cb=lambda user: user is not flipped)
+    found = failed(verify(model, plan, rep, gradients=True))
+    assert found["merged-kernel identity"].values["failed"][0].startswith("body.0:mul")
+
+
+def test_a_scale_with_its_size_written_down_is_refused() -> None:
+    """The message says which parameter, where, and what to do."""
+    expected = (
+        r"\(body\.0\) node mul: takes a number per channel from body\.0\.weight, .*; multiply .* write no size down"
+    )
+    with pytest.raises(SurgeryError, match=expected):
+        transformed(xnor(Written))
