@@ -201,14 +201,19 @@ class OperatorWalk(Walk):
         return all(self._is_per_channel(n, value) and self._of_filters(n, value, compact.channels) for n in beside)
 
     def _of_filters(self, operand: fx.Node, value: Tensor, channels: int) -> bool:
-        edits = [self.edits[p] for p in (str(root.target) for root in roots(operand)) if p in self.edits]
-        kernels = {e.path: recipe for e in edits for _, recipe in e.tensors if isinstance(recipe, Kernel)}
+        kernels = self._kernels_behind(operand)
         shape = list(operand.meta["value"].shape)
         shape[1 - (value.ndim - len(shape))] = channels
         with torch.no_grad(), contextlib.suppress(Exception):  # the user's code on a kernel of another size
-            resized = {path: recipe(fetch(self.network.module, path).detach()) for path, recipe in kernels.items()}
+            resized = {path: r(fetch(self.network.module, path).detach()) for path, (r, _) in kernels.items()}
             return bool(kernels) and list(evaluate(self.network.module, operand, resized).shape) == shape
         return False
+
+    def _kernels_behind(self, operand: fx.Node) -> dict[str, tuple[Kernel, str]]:
+        """Path → recipe and new shape of the RepConv kernels that an operand is computed from."""
+        paths = {str(root.target) for root in roots(operand)}
+        edits = [(e.tensor_path(name), r, e.after) for e in self.edits.values() for name, r in e.tensors]
+        return {path: (r, after) for path, r, after in edits if path in paths and isinstance(r, Kernel)}
 
     def _beside(self, node: fx.Node, operand: fx.Node, value: Tensor, want: Tiled) -> fx.Node:
         """An operand in the form that fits the map `want` of the result."""
@@ -227,13 +232,12 @@ class OperatorWalk(Walk):
         """Per-channel parameters, or what is computed from them: tiled at their roots, so that the copies can drift
         apart; where that is not the same (`self.scale.view(1, 64, 1, 1)`), the operand itself is repeated."""
         new, paths = self._made[operand].node, [str(root.target) for root in roots(operand)]
-        for path in paths:
-            if path in self.edits and isinstance(self.edits[path].tensors[0][1], Kernel):
-                self._refuse(
-                    node, f"takes a number per channel from {path}, which becomes a RepConv's kernel "
-                    f"{self.edits[path].after}; none per channel follows from that here", "multiply the convolution's "
-                    "own output by it, and write no size down (`view(1, -1, 1, 1)`)",
-                )  # fmt: skip
+        for path, (_, after) in self._kernels_behind(operand).items():
+            self._refuse(
+                node, f"takes a number per channel from {path}, which becomes a RepConv's kernel {after}; none per "
+                "channel follows from that here", "multiply the convolution's own output by it, and write no size "
+                "down (`view(1, -1, 1, 1)`)",
+            )  # fmt: skip
         have = next((self._tiled_as[p] for p in paths if p in self._tiled_as), want)
         if self._tile_roots(operand, axis, have):
             order = permutation(have, want)

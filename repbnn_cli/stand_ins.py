@@ -33,9 +33,10 @@ def stand_ins(plan: Plan, rep: nn.Module) -> dict[str, Tensor]:
             found[path] = per_source_channel(fetch(rep, path).detach(), recipe, tensor.shape[recipe.axis])
         elif reset and recipe is None and fetch(rep, path).shape == tensor.shape:
             found[path] = fetch(rep, path).detach().clone()  # a forward may write to it
+    read = {str(node.target) for node in plan.network.graph.nodes if node.op == "get_attr"}
     for edit in plan.edits:
-        own = filters(edit, rep) if edit.action == "parameter" and isinstance(edit.tensors[0][1], Kernel) else {}
-        if own and _follows(plan, own):
+        names = [edit.tensor_path(name) for name, recipe in edit.tensors if isinstance(recipe, Kernel)]
+        if read.intersection(names) and _follows(plan, own := filters(edit, rep)):
             found |= own
     return found
 

@@ -162,3 +162,22 @@ def test_a_scale_with_its_size_written_down_is_refused() -> None:
     )
     with pytest.raises(SurgeryError, match=expected):
         transformed(xnor(Written))
+
+
+def test_a_scale_of_the_kernel_of_a_layer_that_stays_whole() -> None:
+    class Net(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            conv, norm = self.body
+            y = conv(Sign.apply(self.bn(self.stem(x)))) * conv.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+            return self.fc(norm(y).mean((2, 3)))
+
+    model = randomize(Net(nn.Sequential(Signs(8, 8, 3, bias=False), nn.BatchNorm2d(8))))
+    for inherit in ("fold", "none"):
+        plan, rep = transformed(model, inherit=inherit)
+        assert verify(model, plan, rep, gradients=True).passed
+        assert verify(model, plan, rep, gradients=False).passed
+
+
+class Signs(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, Sign.apply(self.weight))
