@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from repbnn_cli import reading
 from repbnn_cli.errors import CheckpointError
 from repbnn_cli.pickles import ArrayStandIn, NamespaceStandIn
+from repbnn_cli.wording import some
 from repbnn_cli.writing import atomic_write_text, check_output, save, save_safetensors
 
 __all__ = [
@@ -127,7 +128,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool =
     without_data = [name for name, tensor in found.tensors.items() if tensor.is_meta]
     if without_data:
         raise CheckpointError(
-            f"{path}: {len(without_data)} tensors have no data ({_first(without_data)}), it was saved from the meta "
+            f"{path}: {len(without_data)} tensors have no data ({some(without_data)}), it was saved from the meta "
             "device; save it after the weights were loaded"
         )
     tensors, prefix, notes = _unwrapped(found.tensors)
@@ -239,7 +240,7 @@ def under(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
 def left_out(tensors: Mapping[str, Tensor], start: str) -> str:
     """What ``under`` leaves out, as a note."""
     rest = [name for name in tensors if not name.startswith(start)]
-    return f"took the tensors under {start.removesuffix('.')}, left out {_first(rest) or 'none'}"
+    return f"took the tensors under {start.removesuffix('.')}, left out {some(rest) or 'none'}"
 
 
 def _candidates(content: Mapping[Any, Any], at: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -272,7 +273,7 @@ def _choose(path: Path, content: Mapping[Any, Any], candidates: Sequence[tuple[s
     named = _networks_in(content)
     if len(named) > 1:
         raise CheckpointError(
-            f"{path}: {len(named)} entries could be the network ({_first(named, 6)}); choose with --key"
+            f"{path}: {len(named)} entries could be the network ({some(named, 6)}); choose with --key"
         )
     if not named:
         raise CheckpointError(f"{path}: {_why_none(content)}; save model.state_dict() instead, or name its --key")
@@ -307,7 +308,7 @@ def _entry(
         tops = Counter(name.partition(".")[0] for name in names if "." in name)
         starts += [top for top, _ in tops.most_common(3)] if len(tops) < len(names) else []
     usable = list(dict.fromkeys([*(".".join(at) for at in candidates), *_networks_in(content), *starts]))
-    hint = f"possible here: {_first(usable, 6)}" if usable else "no entry of the file is a state dict"
+    hint = f"possible here: {some(usable, 6)}" if usable else "no entry of the file is a state dict"
     raise CheckpointError(f"{path}: {key} {problem}; {hint}")
 
 
@@ -425,7 +426,3 @@ def _kind(value: Any) -> str:
         return "dictionary"
     known = {"Tensor": "tensor", "Parameter": "tensor", "ArrayStandIn": "NumPy array", "ndarray": "NumPy array"}
     return known.get(type(value).__name__, type(value).__name__.removesuffix("StandIn"))
-
-
-def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if names[count:] else "")

@@ -15,6 +15,7 @@ from torch import Tensor
 from repbnn_cli import zoo
 from repbnn_cli.checkpoint import PREFIXES, Checkpoint, left_out, under
 from repbnn_cli.errors import CheckpointError, UsageError
+from repbnn_cli.wording import some
 
 Shape = tuple[int, ...]
 Signature = Mapping[str, Shape]
@@ -82,7 +83,7 @@ class Difference:
         for kind, items in groups:
             if items:
                 separator = "; " if kind == "mis-shaped" else ", "
-                lines.append(f"{len(items)} {kind} ({_first(items, shown, separator)})")
+                lines.append(f"{len(items)} {kind} ({some(items, shown, separator)})")
         return lines
 
 
@@ -187,7 +188,7 @@ def narrowed(checkpoint: Checkpoint, starts: Iterable[str]) -> Checkpoint:
     several = sorted({start.removesuffix(".") for start in starts})
     if len(several) > 1:
         raise CheckpointError(
-            f"{checkpoint.path}: the network's tensors lie there more than once, under {_first(several, 6)}; choose "
+            f"{checkpoint.path}: the network's tensors lie there more than once, under {some(several, 6)}; choose "
             f"with --key, e.g. --key {several[0]}"
         )
     start = f"{several[0]}."
@@ -344,7 +345,7 @@ def _identified(
             counters += 1
     left = [name for name in checkpoint.tensors if match.prefix + name not in tensors]
     if left:
-        notes.append(f"left out {_first(left)}: the network does not need them")
+        notes.append(f"left out {some(left)}: the network does not need them")
     if counters:
         notes.append(f"{counters} batch counters (num_batches_tracked) are not in the file and start at 0")
     return Identified(match.arch, match.num_classes, reason, alternatives, tensors, tuple(notes))
@@ -371,8 +372,3 @@ def _no_fit(checkpoint: Checkpoint, nearest: Match | None, *, given: bool) -> Ch
     for line in nearest.difference.lines():
         error.add_note(line)
     return error
-
-
-def _first(items: Sequence[object], count: int = 3, separator: str = ", ") -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return separator.join(map(str, items[:count])) + more

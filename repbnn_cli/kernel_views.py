@@ -14,6 +14,7 @@ from repbnn_cli.deploy.match import Matches
 from repbnn_cli.deploy.zeros import Zeros
 from repbnn_cli.kernels import Backend
 from repbnn_cli.views import table
+from repbnn_cli.wording import some
 
 
 def backend_lines(backend: Backend, fused: Fused | None) -> list[str]:
@@ -29,7 +30,7 @@ def block_lines(matches: Matches) -> Iterator[str]:
     for parts, members in _grouped((" + ".join(m.parts), m.path) for m in matches.matched).items():
         yield f"  {len(members)} × {parts}{_behind(matches, parts)}"
     for reason, members in _grouped((m.reason, m.path) for m in matches.missed).items():
-        yield f"  {len(members)} as before, {reason}: {_some(members)}"
+        yield f"  {len(members)} as before, {reason}: {some(members)}"
 
 
 def zero_line(fused: Fused) -> str:
@@ -63,10 +64,6 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for key, member in pairs:
         groups.setdefault(key, []).append(member)
     return groups
-
-
-def _some(paths: list[str], most: int = 3) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

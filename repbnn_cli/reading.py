@@ -17,6 +17,7 @@ import torch
 
 from repbnn_cli.errors import CheckpointError
 from repbnn_cli.pickles import STAND_INS, foreign_globals
+from repbnn_cli.wording import some
 
 TORCH, TORCH_LEGACY, SAFETENSORS = "torch", "torch-legacy", "safetensors"
 
@@ -175,7 +176,7 @@ def _refused(path: Path, kind: str, error: Exception) -> CheckpointError:
             "if you trust its source, load it with --unsafe-load"
         )
     if foreign:
-        shown = ", ".join(foreign[:_LISTED]) + (f" and {len(foreign) - _LISTED} more" if foreign[_LISTED:] else "")
+        shown = some(foreign, _LISTED)
         return CheckpointError(
             f"{path}: asks for code that is not weights: {shown}; nothing of it was run. Save model.state_dict() where "
             "it was made, or, if you trust its source, load it with --unsafe-load"

@@ -25,6 +25,7 @@ from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
 from repbnn_cli.trials import example_inputs, first_tensor, is_read, mixes_channels, module_acts_per_sample
+from repbnn_cli.wording import some
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 Declare = Callable[[str, tuple[str, ...]], ModuleRule | None]
@@ -391,10 +392,6 @@ def never_called(network: Network) -> list[str]:
     return [path for path in kernels if path and not within(path)]
 
 
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
 _NOTHING_BINARY = (
     "no layer is binary with these weights; if they are binarised from outside before each forward, or by a "
     "temperature that falls in training, declare it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
@@ -406,12 +403,12 @@ def hints(network: Network, layers: Mapping[str, Layer]) -> list[str]:
     asleep = never_called(network)
     if asleep:
         what = "never called on the example input, so kept as it is and counted nowhere"
-        return [f"{_some(asleep)}: {what}; a branch that other inputs take into it would meet layers of another size"]
+        return [f"{some(asleep)}: {what}; a branch that other inputs take into it would meet layers of another size"]
     real = [p for p, layer in layers.items() if layer.weight_bits == 32 and layer.activation_bits == 1]
     if not real:
         convolves = any(layer.role in CONVOLUTIONS for layer in layers.values())
         return [_NOTHING_BINARY] if convolves and not any(layer.binary for layer in layers.values()) else []
     return [
-        f"1-bit inputs meet real weights in {_some(real)}; if these are binarised from outside before each forward, "
+        f"1-bit inputs meet real weights in {some(real)}; if these are binarised from outside before each forward, "
         "declare it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
     ]

@@ -36,6 +36,7 @@ from repbnn_cli.identify import (
     shapes_of,
     starts_within,
 )
+from repbnn_cli.wording import some
 
 _EXPECTED = "expected path/to/file.py:callable or package.module:callable"
 # Code that is not the user's, for finding his line in a traceback and his files among the loaded modules.
@@ -66,7 +67,7 @@ def build(
     if file is not None and not file.is_file():
         raise UsageError(f"{spec}: there is no file {location}{_nearest_file(Path(location))}")
     if not name:
-        known = f"; in this file: {_listed(_public_names(file))}" if file else ""
+        known = f"; in this file: {some(_public_names(file), 12)}" if file else ""
         raise UsageError(f"{spec}: names no callable, {_EXPECTED}{known}")
     folders = [str(Path.cwd())]
     if file is not None:
@@ -189,17 +190,13 @@ def _attribute(spec: str, module: ModuleType, name: str) -> Any:
         if not hasattr(target, part):
             public = _public_callables(module)
             near = difflib.get_close_matches(name, public, n=3)
-            choice = f"nearest: {', '.join(near)}" if near else f"it has: {_listed(public) or 'no callables'}"
+            choice = f"nearest: {', '.join(near)}" if near else f"it has: {some(public, 12) or 'no callables'}"
             raise UsageError(f"{spec}: no {name} in {module.__name__}; {choice}")
         target = getattr(target, part)
     if not callable(target):
         public = _public_callables(module)
-        raise UsageError(f"{spec}: {name} is a {type(target).__name__}, not callable; it has: {_listed(public)}")
+        raise UsageError(f"{spec}: {name} is a {type(target).__name__}, not callable; it has: {some(public, 12)}")
     return target
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _public_callables(module: ModuleType) -> list[str]:

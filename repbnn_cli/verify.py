@@ -20,6 +20,7 @@ from repbnn_cli.inherit import Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
 from repbnn_cli.tracer import fetch
+from repbnn_cli.wording import some
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _costs(plan: Plan, rep: nn.Module, run: Lockstep) -> Check:
     passed = weights[0] == weights[1] and macs[0] == macs[1]
     text = f"weights {weights[0]:,} → {weights[1]:,}; MACs {macs[0]:,} → {macs[1]:,}"
     if grown:
-        text += f"; layers that grow ×{plan.beta}: {_some(grown)}"
+        text += f"; layers that grow ×{plan.beta}: {some(grown)}"
     values = {"weights": weights, "macs": macs, "depthwise": grown}
     return Check("convolution cost unchanged", passed, text, values)
 
@@ -234,7 +235,3 @@ def _draws(network: nn.Module, inputs: list[Tensor]) -> bool:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: None where shapes differ or nothing could be compared."""
     return value if math.isfinite(value) else None
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

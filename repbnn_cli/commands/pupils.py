@@ -119,8 +119,7 @@ def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
         return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
                      target, payload["sha256"], stated)  # fmt: skip
     src = source.from_checkpoint(target, arch=arch, model=model)
-    if src.left_out:
-        views.say(f"note: {src.left_out}")
+    targets.say_left_out(src)
     trained_by = src.file.metadata.get("recipe_text") if src.file else None
     known = src.file.accuracy if src.file else None
     return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,

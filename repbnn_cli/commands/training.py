@@ -50,13 +50,7 @@ def finetune(
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=spread)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
-    if spread and (pupil.beta is None or pupil.inherited or pupil.trained):
-        raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
-    if spread:
-        assert isinstance(pupil.network, fx.GraphModule)
-        convs = sum(isinstance(m, RepMixin) for m in pupil.network.modules())
-        views.say(run_views.spread_line(spread, len(spreadable(pupil.network)), convs))
-    prepare = Preparation(0, spread=spread) if spread else None
+    prepare = _spreading(pupil, spread) if spread else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         memory.keep_freed(place)
@@ -210,6 +204,16 @@ def calibrate(
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
     views.say(f"BatchNorm estimated anew on {inherited['calibrated_batches']} batches; wrote {place}")
+
+
+def _spreading(pupil: Pupil, spread: float) -> Preparation:
+    """`--spread`, and how much of the network it reaches. Raises UsageError where it has no place."""
+    if pupil.beta is None or pupil.inherited or pupil.trained:
+        raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
+    assert isinstance(pupil.network, fx.GraphModule)
+    convs = sum(isinstance(m, RepMixin) for m in pupil.network.modules())
+    views.say(run_views.spread_line(spread, len(spreadable(pupil.network)), convs))
+    return Preparation(0, spread=spread)
 
 
 def _preparation(

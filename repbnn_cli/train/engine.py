@@ -47,11 +47,10 @@ class Options:
     """How a run is computed and recorded; nothing of the method.
 
     compile: "auto", "on" or "off", see `compiled`. cuda_graph: on a GPU, record a step once and replay it (with several
-    processes steps are never recorded).
-    log_every: steps between progress reports, and between looks at the loss on a GPU. save_every: steps between states
-    within an epoch, 0 for none; save_seconds: an epoch that ends sooner after the last state gets none, but for a
-    stage's last; keep: states that stay. workers: processes that decode images from folders. backend: torch, int8
-    or triton; gradients: exact or bf16; see backends.py.
+    processes steps are never recorded). log_every: steps between progress reports, and between looks at the loss on a
+    GPU. save_every: steps between states within an epoch, 0 for none; save_seconds: an epoch that ends sooner after the
+    last state gets none, unless it is a stage's last or the best so far; keep: states that stay. workers: processes
+    that decode images from folders. backend: torch, int8 or triton; gradients: exact or bf16; see backends.py.
     """
 
     channels_last: bool = True

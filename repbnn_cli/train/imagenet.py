@@ -28,6 +28,7 @@ from repbnn_cli.train.batches import MEAN, STD, Normaliser, generator_for
 from repbnn_cli.train.image_crops import Augmentation, Pixels, centre_pixels, training_pixels
 from repbnn_cli.train.images import FORMATS, SUFFIXES, TESTS, TRAIN
 from repbnn_cli.train.sharding import Sharding
+from repbnn_cli.wording import some
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def open_folders(folder: Path) -> ImageFolders:
         absent = sorted(classes[other] - classes[name])
         if absent:
             flat = "" if classes[name] else ": its images have to be sorted into one folder per class"
-            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if absent[5:] else "")
+            shown = some(absent, 5)
             raise DataError(
                 f"{folder / name}: no images of {shown}, {other}/ has{flat or '; add them, or remove both'}"
             )

@@ -15,6 +15,7 @@ from PIL import Image
 from repbnn_cli.errors import DataError
 from repbnn_cli.train.archives import Entry
 from repbnn_cli.train.splits import Dataset, Split, fingerprint_of, split_of
+from repbnn_cli.wording import some
 
 TRAIN, TESTS = "train", ("test", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -116,7 +117,7 @@ class ImageTree:
         for split, other in ((TRAIN, test), (test, TRAIN)):
             absent = sorted(classes[other] - classes[split])
             if absent:
-                shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if absent[5:] else "")
+                shown = some(absent, 5)
                 raise DataError(
                     f"{self._where}: {split}/ has no images of {shown}, {other}/ has; add them, or remove both"
                 )
