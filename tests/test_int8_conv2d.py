@@ -86,6 +86,29 @@ def test_gradients_are_those_of_a_float64_convolution(dtype: torch.dtype) -> Non
         assert own.dtype == torch.float32
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    filters=st.integers(1, 9), inputs=st.sampled_from([1, 5, 16]), size=st.tuples(st.integers(4, 8), st.integers(4, 8)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (3, 1), (2, 3), (4, 4)]), stride=st.sampled_from([(1, 1), (1, 2)]),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), channels_last=st.booleans(),
+)  # fmt: skip
+def test_few_filters_have_the_same_gradient(
+    filters: int, inputs: int, size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], channels_last: bool,
+) -> None:  # fmt: skip
+    """Padding wider than the kernel, too, where the gradient has rows that no pixel reaches."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = drawn((2, inputs, *size), 0, zeros=True).contiguous(memory_format=layout).requires_grad_()
+    w = drawn((filters, inputs, *kernel), 1, zeros=True).requires_grad_()
+    out = sign_conv2d(x, w, stride, padding)
+    arriving = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad(out, (x, w), arriving)
+    x, w = (t.detach().double().requires_grad_() for t in (x, w))
+    expected = torch.autograd.grad(F.conv2d(x, w, None, stride, padding), (x, w), arriving.double())
+    for own, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(own.double(), true, rtol=1e-5, atol=1e-4)
+
+
 def test_only_the_gradients_that_are_asked_for_are_made() -> None:
     signs, kernel = drawn((2, 4, 5, 5), 0, zeros=False), drawn((3, 4, 3, 3), 1, zeros=False).requires_grad_()
     sign_conv2d(signs, kernel).sum().backward()

@@ -100,6 +100,23 @@ def held(kernel: Tensor, stride: Pair, padding: Pair) -> Iterator[Callable[..., 
         del _held[number]
 
 
+_FEW = 8
+"""Below so many filters oneDNN's gradient of a kernel computes mostly padding: one product takes half as long."""
+
+
+def _to_kernel(gradient: Tensor, signs: Tensor, size: Sequence[int], padding: Pair) -> Tensor:
+    """∂L/∂kernel, (O, I, kh, kw), at stride 1: what the gradient has around each pixel, times the pixel's signs.
+
+    gradient: (N, O, H', W'); signs: (N, I, H, W); size: (kh, kw). The windows lie on the gradient, since O is small.
+    """
+    (kh, kw), (filters, channels) = size, (gradient.shape[1], signs.shape[1])
+    top, left = kh - 1 - padding[0], kw - 1 - padding[1]
+    padded = F.pad(gradient.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    windows = padded.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3)  # (N, H, W, kh, kw, O)
+    product = windows.reshape(-1, kh * kw * filters).t() @ signs.permute(0, 2, 3, 1).reshape(-1, channels)
+    return product.view(kh, kw, filters, channels).flip(0, 1).permute(2, 3, 0, 1)
+
+
 class _SignConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, signs: Tensor, kernel: Tensor, stride: Pair, padding: Pair, gradients: torch.dtype) -> Tensor:
@@ -110,10 +127,14 @@ class _SignConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         signs, kernel = ctx.saved_tensors
+        operands = [t.to(ctx.gradients) for t in (grads[0], signs, kernel)]
+        wanted = ctx.needs_input_grad[:2]
+        apart = wanted[1] and len(kernel) < _FEW and ctx.geometry[0] == (1, 1)
         to_signs, to_kernel, _ = torch.ops.aten.convolution_backward(
-            *(t.to(ctx.gradients) for t in (grads[0], signs, kernel)), None, *ctx.geometry, (1, 1), False, (0, 0), 1,
-            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False),
-        )  # fmt: skip
+            *operands, None, *ctx.geometry, (1, 1), False, (0, 0), 1, (wanted[0], wanted[1] and not apart, False)
+        )
+        if apart:
+            to_kernel = _to_kernel(operands[0], operands[1], kernel.shape[2:], ctx.geometry[1])
         found = [None if t is None else t.to(grads[0].dtype) for t in (to_signs, to_kernel)]
         return found[0], found[1], None, None, None
 

@@ -4,7 +4,8 @@
 | --- | --- |
 | torch | everything as the layers say |
 | int8 | on a CPU: the forward of every binary convolution of repbnn's own kinds in 8-bit integers, exactly |
-| triton | the same on packed bits, and forward and backward of the BatchNorms that stand over a repeat |
+| | forward and backward of the BatchNorms that stand over a repeat of few channels by matrix products |
+| triton | the same convolutions on packed bits, and forward and backward of all BatchNorms that stand over a repeat |
 
 The gradients of these convolutions are real-valued and stay with the vendor library; so do the user's own binary
 convolutions, the plain BatchNorms and the 2-bit part of a gated convolution.
@@ -12,7 +13,7 @@ convolutions, the plain BatchNorms and the 2-bit part of a gated convolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from repbnn_cli import kernels
 from repbnn_cli.binary_conv import BinaryConv2d, Pair, signs_convolved_by
 from repbnn_cli.errors import UsageError
-from repbnn_cli.kernels import Backend, int8_conv2d
-from repbnn_cli.rep_layers import RepBatchNorm2d
+from repbnn_cli.kernels import Backend, int8_conv2d, matmul_batch_norm
+from repbnn_cli.rep_layers import ByBatch, RepBatchNorm2d
 from repbnn_cli.train.ranks import Ranks
 
 NAMES = (*kernels.BACKENDS, "int8")
@@ -65,17 +66,20 @@ def running_on(network: nn.Module, backend: str, ranks: Ranks, gradients: str = 
     if backend == "torch":
         yield
         return
+    norms = repeating_norms(network, backend, ranks)
+    convolve: Callable[..., Tensor]
+    by_batch: ByBatch
     if backend == "int8":
-        with signs_convolved_by(network, partial(int8_conv2d.sign_conv2d, gradients=GRADIENTS[gradients])):
-            yield
-        return
-    from repbnn_cli.kernels.binary_conv2d import sign_conv2d  # imports Triton
+        convolve = partial(int8_conv2d.sign_conv2d, gradients=GRADIENTS[gradients])
+        by_batch = matmul_batch_norm.rep_batch_norm
+    else:
+        from repbnn_cli.kernels.binary_conv2d import sign_conv2d  # imports Triton
 
-    norms = repeating_norms(network, ranks)
+        convolve, by_batch = sign_conv2d, _by_triton
     for norm in norms:
-        norm.by_batch = _by_batch
+        norm.by_batch = by_batch
     try:
-        with signs_convolved_by(network, sign_conv2d):
+        with signs_convolved_by(network, convolve):
             yield
     finally:
         for norm in norms:
@@ -99,20 +103,34 @@ def _same(kernel: Tensor) -> Tensor:
     return kernel
 
 
-def repeating_norms(network: nn.Module, ranks: Ranks) -> list[RepBatchNorm2d]:
-    """The BatchNorms over a repeat whose batch lies whole on one device; several processes share their statistics."""
+def repeating_norms(network: nn.Module, backend: str, ranks: Ranks) -> list[RepBatchNorm2d]:
+    """The BatchNorms over a repeat that "int8" or "triton" computes.
+
+    Of several processes none: they share their statistics. By matrix products those of few channels, in full precision.
+    """
     norms = [m for m in network.modules() if isinstance(m, RepBatchNorm2d) and m.weight is not None]
-    return norms if ranks.size == 1 else []
+    if ranks.size > 1:
+        return []
+    if backend == "triton":
+        return norms
+    return [
+        norm
+        for norm in norms
+        if norm.repeats > 1
+        and matmul_batch_norm.pays(norm.num_features // norm.repeats)
+        and norm.weight.dtype in (torch.float32, torch.float64)
+    ]
 
 
 def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
     """What the user is told: which backend trains and why, and what of the network."""
     if backend.name == "torch":
         return [f"backend {backend}"]
-    convs, norms = _binary_convs(network), len(repeating_norms(network, ranks))
-    if backend.name == "int8":
-        return [f"backend {backend}: forward of {convs} binary convolutions"] if convs else ["backend torch"]
-    return [f"backend {backend}: forward of {convs} binary convolutions, {norms} BatchNorms over a repeat"]
+    convs, norms = _binary_convs(network), len(repeating_norms(network, backend.name, ranks))
+    parts = [f"forward of {convs} binary convolutions"] if convs else []
+    if norms:
+        parts.append(f"{norms} BatchNorms over a repeat" + " by matrix products" * (backend.name == "int8"))
+    return [f"backend {backend}: {', '.join(parts)}" if parts else "backend torch"]
 
 
 def check(network: nn.Module, requested: str) -> None:
@@ -147,7 +165,7 @@ def notes(network: nn.Module, images: Tensor, backend: str) -> list[str]:
             "exactly 0: +1 in packed bits, 0 in torch.sign"]  # fmt: skip
 
 
-def _by_batch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _by_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from repbnn_cli.kernels.rep_batch_norm import rep_batch_norm
 
     made = rep_batch_norm(x, weight, bias, eps=eps)
