@@ -1,4 +1,4 @@
-"""BatchNorm of a repeated tensor by matrix products against torch's own over `repeat`: values, gradients, statistics."""
+"""BatchNorm of a repeated tensor by matrix products, against torch's own over `repeat`."""
 
 import copy
 
