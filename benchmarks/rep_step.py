@@ -15,11 +15,12 @@ import argparse
 import copy
 import statistics
 import sys
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from train_step import Call, gradients, mid_schedule, spent, training_step
+from train_step import LASTING, Call, gradients, mid_schedule, spent, training_step
 
 from repbnn_cli import graph, rules, surgery, zoo
 from repbnn_cli.kernels import int8_conv2d
@@ -36,21 +37,20 @@ def rep_network(beta: int) -> nn.Module:
 
 
 def step_of(network: nn.Module, batch: int, *, products: bool) -> Call:
-    """A compiled step; what the network runs on is decided while it is traced, so it is compiled here."""
+    """A compiled step; compiled here, for what the network runs on is decided while it is traced."""
     network = copy.deepcopy(network).train().to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    step = training_step(torch.compile(network, dynamic=False), network, x, torch.arange(batch) % 10)
-    norms = patch.object(backends, "repeating_norms", lambda *_: [])
-    few = patch.object(int8_conv2d, "_FEW", 0)
-    held = backends.running_on(network, "int8", Ranks())
+    with nullcontext() if products else patch.object(backends, "repeating_norms", lambda *_: []):
+        LASTING.enter_context(backends.running_on(network, "int8", Ranks()))
+    inner = training_step(torch.compile(network, dynamic=False), network, x, torch.arange(batch) % 10)
+    few = int8_conv2d._FEW if products else 0
+
+    def step() -> None:
+        with patch.object(int8_conv2d, "_FEW", few):  # the compiled code is for this value alone
+            inner()
+
     with float_masks():
-        if products:
-            held.__enter__()  # until the process ends
-            step()
-        else:
-            with norms, few:
-                held.__enter__()
-                step()
+        step()
     return step
 
 

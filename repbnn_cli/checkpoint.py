@@ -80,6 +80,7 @@ class Checkpoint:
     file are mapped from it, not copied (writing to them does not reach the file). ``container`` is the key path of the
     state dict ("" when the file is one itself), ``prefix`` what was taken off every name. ``metadata`` holds the plain
     values beside it, ``notes`` what was ignored, ``payload`` the whole dictionary of a file in this tool's own format.
+    ``others``: key paths of further state dicts in the file.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     payload: dict[str, Any] | None = field(default=None, repr=False)
+    others: tuple[str, ...] = ()
 
     @cached_property
     def accuracy(self) -> Accuracy | None:
@@ -149,6 +151,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool =
         metadata={**found.metadata, **texts},
         notes=tuple(notes),
         payload=payload,
+        others=found.others,
     )
 
 
@@ -182,6 +185,7 @@ class _Found(NamedTuple):
     metadata: dict[str, Any]
     notes: list[str]
     start: str = ""  # of the tensors' names, where --key named it
+    others: tuple[str, ...] = ()
 
 
 def _own_payload(path: Path, content: Any) -> dict[str, Any] | None:
@@ -213,7 +217,7 @@ def _find(path: Path, content: Any, key: str | None) -> _Found:
         )
     candidates = list(_candidates(content, ()))
     chosen, start = _entry(path, content, key, candidates) if key else (_choose(path, content, candidates), "")
-    others = [".".join(other) for other in candidates if other != chosen]
+    others = tuple(".".join(other) for other in candidates if other != chosen)
     value = _at(content, chosen)
     notes = [f"also found {other}; choose it with --key {other}" for other in others]
     if isinstance(value, nn.Module):
@@ -229,7 +233,7 @@ def _find(path: Path, content: Any, key: str | None) -> _Found:
     if start:
         notes.append(left_out(state, start))
         state = under(state, start)
-    return _Found(state, ".".join(chosen), metadata, notes + ignored, start)
+    return _Found(state, ".".join(chosen), metadata, notes + ignored, start, others)
 
 
 def under(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Everything goes to stderr, so that stdout holds results alone.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from repbnn_cli import runs, views
+from repbnn_cli.source import Origin
 
 QUIET_SECONDS = 60.0  # without a terminal: the longest silence within an epoch
 
@@ -138,9 +140,12 @@ def distance_lines(reached: Sequence[runs.Reached]) -> list[str]:
     return lines
 
 
-def next_line(best: str, *, rep: bool, model: str | None) -> str:
-    """What to do with the network of a finished run; model: the user's own code."""
-    return f"next: repbnn {'report' if rep else 'transform'} {shlex.quote(best)}{views.own_code(model)}"
+def next_line(best: str, origin: Origin, *, rep: bool) -> str:
+    """What to do with the network of a finished run; a result has the arguments of the user's own code in it."""
+    own = views.own_code(origin.model)
+    if origin.model_args and not rep:
+        own += f" --model-args {shlex.quote(json.dumps(origin.model_args))}"
+    return f"next: repbnn {'report' if rep else 'transform'} {shlex.quote(best)}{own}"
 
 
 def _state(now: runs.Progress) -> str:

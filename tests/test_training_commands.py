@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -281,6 +282,33 @@ def test_outputs_that_are_no_logits_are_said_before_anything_is_computed(
         assert message in shown
         assert "misses" not in shown  # nothing was fitted
     assert not Path("runs").exists()
+
+
+def test_a_checkpoint_of_several_entries_and_a_network_with_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `transform` needs to be told, evaluate and finetune take as well, and say it again at their end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    Path("net.py").write_text(OWN_NETWORK.replace("make()", "make(classes)").replace("(8, 10)", "(8, classes)"))
+    moving = own_network().state_dict()
+    torch.save({"net": own_network().state_dict(), "ema": moving}, "own.pt")
+    own = ["--model", "net.py:make", "--model-args", '{"classes": 10}', "--data", "digits"]
+    assert run(["evaluate", "own.pt", *own]) == 0
+    assert "note: took net of the file; --key takes ema instead\n" in capsys.readouterr().err
+    assert run(["evaluate", "own.pt", *own, "--key", "ema", "--json"]) == 0
+    torch.save(moving, "moving.pt")
+    shown = capsys.readouterr()
+    assert "note: took" not in shown.err
+    expected = json.loads(shown.out)["top1"]
+    assert run(["evaluate", "moving.pt", *own, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == expected
+    more = ["--recipe", "own-network", "--epochs", "1", "--set", "batch=512", "--run-dir", "r"]
+    assert run(["finetune", "own.pt", *own, "--key", "ema", *more]) == 0
+    again = capsys.readouterr().err.splitlines()[-1]
+    best = Path("r", "checkpoints", "best.pt")
+    assert again == f"""next: repbnn transform {best} --model net.py:make --model-args '{{"classes": 10}}'"""
+    assert run([*shlex.split(again)[2:], "-o", "rep.pt"]) == 0
 
 
 def test_tensorboard_is_asked_for_before_anything_is_written(

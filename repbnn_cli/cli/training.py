@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,24 @@ from repbnn_cli.cli.options import (
     Device,
     EvaluationBackend,
     Force,
+    InputSize,
     Json,
+    Key,
     Model,
+    ModelArgs,
     TrainingBackend,
+    Unsafe,
     app,
     recipes_app,
 )
+
+
+def _origin(
+    arch: str | None, model: str | None, model_args: str | None, input_size: str | None, key: str | None, unsafe: bool
+) -> dict[str, Any]:  # fmt: skip
+    """What says how a checkpoint becomes a network."""
+    return {"arch": arch, "model": model, "model_args": model_args, "input_size": input_size, "key": key,
+            "unsafe": unsafe}  # fmt: skip
 
 
 @app.command()
@@ -68,6 +80,10 @@ def finetune(
     ] = 0.0,
     arch: Arch = None,
     model: Model = None,
+    model_args: ModelArgs = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    unsafe: Unsafe = False,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
     eval_batch: Annotated[int, typer.Option("--eval-batch", help="Test images at a time; changes no result.")] = 500,
     workers: Annotated[int, typer.Option("--workers", help="Processes that decode images from folders.")] = 2,
@@ -104,7 +120,8 @@ def finetune(
     training.finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
-        teacher_model=teacher_model, calibrate=calibrate, fit=fit, spread=spread, arch=arch, model=model,
+        teacher_model=teacher_model, calibrate=calibrate, fit=fit, spread=spread,
+        origin=_origin(arch, model, model_args, input_size, key, unsafe),
         save_every=save_every, eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend,
         gradients=gradients, compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force,
         as_json=as_json,
@@ -204,6 +221,10 @@ def evaluate(
     ] = "off",
     arch: Arch = None,
     model: Model = None,
+    model_args: ModelArgs = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    unsafe: Unsafe = False,
     as_json: Json = False,
 ) -> None:
     """Accuracy on the test images.
@@ -223,8 +244,7 @@ def evaluate(
         device=device,
         backend=backend,
         compile_mode=compile_mode,
-        arch=arch,
-        model=model,
+        origin=_origin(arch, model, model_args, input_size, key, unsafe),
         as_json=as_json,
     )
 

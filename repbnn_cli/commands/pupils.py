@@ -96,8 +96,11 @@ class Pupil:
                 "target": self.target, "sha256": self.sha256, "source_top1": self.source_top1}  # fmt: skip
 
 
-def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
-    """The network of a result, a checkpoint, or the zoo (without trained weights); the newest result if not given."""
+def load(target: str | None, *, model: str | None = None, **given: Any) -> Pupil:
+    """The network of a result, a checkpoint, or the zoo (without trained weights); the newest result if not given.
+
+    given: what else `source.from_checkpoint` takes, of a checkpoint.
+    """
     if target is None:
         target = str(result.newest())
         views.say(f"newest result: {target}")
@@ -118,8 +121,8 @@ def load(target: str | None, *, arch: str | None, model: str | None) -> Pupil:
         stated = (payload["source"]["accuracy"] or {}).get("top1")
         return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
                      target, payload["sha256"], stated)  # fmt: skip
-    src = source.from_checkpoint(target, arch=arch, model=model)
-    targets.say_left_out(src)
+    src = source.from_checkpoint(target, model=model, **given)
+    targets.say_choice(src, given.get("key"))
     trained_by = src.file.metadata.get("recipe_text") if src.file else None
     known = src.file.accuracy if src.file else None
     return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,

@@ -17,6 +17,7 @@ from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Origin, Source
+from repbnn_cli.wording import some
 
 DEFAULT_RULES = "reptran"
 
@@ -87,7 +88,7 @@ def examined(
         src = source.from_checkpoint(
             target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
         )
-        say_left_out(src)
+        say_choice(src, key)
     else:
         src = zoo_network(target, input_size)
         if values:
@@ -127,8 +128,10 @@ def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
     return zoo_network(name, input_size)
 
 
-def say_left_out(src: Source) -> None:
-    """Which tensors of the file are none of the network's, where they lie beside it."""
+def say_choice(src: Source, key: str | None) -> None:
+    """What of the file was taken, where there was a choice; nothing where `--key` made it."""
+    if src.file is not None and src.file.others and key is None:
+        views.say(f"note: took {src.file.container} of the file; --key takes {some(src.file.others)} instead")
     if src.left_out:
         views.say(f"note: {src.left_out}")
 

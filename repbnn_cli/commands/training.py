@@ -35,15 +35,15 @@ _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float, teacher: str | None,
-    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, spread: float, arch: str | None,
-    model: str | None, save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str, gradients: str,
-    compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
+    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, spread: float,
+    origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str,
+    gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe."""
+    """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe. origin: see `pupils.load`."""
     targets.check_output(output, force=force)
     backends.choose(pupils.device_of(device), backend, gradients)  # what cannot run is said before anything is loaded
     torch.manual_seed(seed)
-    pupil = pupils.load(target, arch=arch, model=model)
+    pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
     weight = [f"distillation.weight={distill}"] if distill else []
@@ -140,19 +140,19 @@ def _deliver(
     reached = f"top-1 {outcome.top1:.2f} %, best {outcome.best_top1:.2f} % (epoch {outcome.best_epoch})"
     views.console().print(f"{reached}\n{best}", soft_wrap=True)
     views.say(*(f"note: {n}" for n in notes),
-              run_views.next_line(best, rep=pupil.opened is not None, model=pupil.origin.model))  # fmt: skip
+              run_views.next_line(best, pupil.origin, rep=pupil.opened is not None))  # fmt: skip
 
 
 def evaluate(
     target: str | None, *, data: str | None, recipe: str | None, device: str, backend: str, compile_mode: str,
-    arch: str | None, model: str | None, as_json: bool,
+    origin: Mapping[str, Any], as_json: bool,
 ) -> None:  # fmt: skip
-    """Accuracy and loss on the test images, on fused kernels where a backend that has them was chosen."""
+    """Accuracy and loss on the test images, on fused kernels where a backend has them. origin: see `pupils.load`."""
     where = pupils.device_of(device)
     memory.keep_freed(where)
     # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
     chosen = choose(where) if backend == "auto" else backends.choose(where, backend)
-    pupil = pupils.load(target, arch=arch, model=model)
+    pupil = pupils.load(target, **origin)
     if pupil.opened is None and target in registry.ARCHS:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
     if chosen.name == "int8":
@@ -180,7 +180,7 @@ def calibrate(
     if place == path and not force:
         raise UsageError(f"{path}: would be replaced; give --force, or another file with -o")
     checkpoint.check_output(place, force=force)
-    pupil = pupils.load(str(path), arch=None, model=model)
+    pupil = pupils.load(str(path), model=model)
     if pupil.opened is None:
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
     if fit and not pupil.trained and not pupil.opened.payload["source_tensors"]:

@@ -42,7 +42,7 @@ def transform(
     if not dry_run:
         targets.check_output(output or target, force=force)
     src = source.fresh(path, seed, origin["input_size"]) if from_zoo else source.from_checkpoint(path, **origin)
-    targets.say_left_out(src)
+    targets.say_choice(src, origin.get("key"))
     with running(src.model):
         plan = make_plan(src, rule_set)
         if verbose:
