@@ -112,6 +112,12 @@ class Experiment:
         """The paper's tables whose figures stand beside ours."""
         return tuple(dict.fromkeys(filter(None, map(self.table_of, self.file.variants))))
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Checkpoints, recipe and rule files that it names, as far as they are there."""
+        named = [*self.file.networks, self.file.recipe, *(variant.rules for variant in self.file.variants.values())]
+        return tuple(dict.fromkeys(name for name in named if name and Path(name).is_file()))
+
     def table_of(self, variant: str) -> str | None:
         return self.file.variants[variant].table or self.file.table
 

@@ -1,7 +1,8 @@
 """A sweep's folder read back: its experiment, and for each network and variant the runs that there are.
 
 OUT/experiment.yaml          the experiment, as it was given
-OUT/budget.json              what the command line put in its place: data, epochs, overrides of the recipe
+OUT/budget.json              what the command line put in its place: data, epochs, overrides of the recipe; and the
+                             SHA-256 of the files that the experiment names
 OUT/starts/CELL.repbnn.pt    transformed networks that runs start from
 OUT/CELL/                    an ordinary run each
 OUT/logs/CELL.log            what its command printed
@@ -9,6 +10,7 @@ OUT/logs/CELL.log            what its command printed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -93,12 +95,15 @@ def begin(path: Path, experiment: Experiment, budget: Budget) -> None:
             except OSError as error:
                 why = error.strerror
                 raise UsageError(f"{path}: cannot be a sweep's folder ({why}); choose another place") from None
-        atomic_write_text(path / BUDGET, json.dumps(asdict(budget), ensure_ascii=False) + "\n", force=True)
+        stored = {**asdict(budget), "files": _contents(experiment)}
+        atomic_write_text(path / BUDGET, json.dumps(stored, ensure_ascii=False) + "\n", force=True)
         atomic_write_text(path / EXPERIMENT, experiment.text, force=True)
         return
-    _, stored, known = _opened(path)
+    _, known_experiment, known, contents = _opened(path)
+    now_there = _contents(experiment)
     changed = [
-        *(["the experiment file"] if experiment.text != stored.text else []),
+        *(["the experiment file"] if experiment.text != known_experiment.text else []),
+        *(f"what is in {name}" for name, content in contents.items() if now_there.get(name, content) != content),
         *(f"{key} (was {was}, is {now})" for (key, was), now in zip(asdict(known).items(), asdict(budget).values(),
                                                                     strict=True) if was != now),
     ]  # fmt: skip
@@ -108,7 +113,7 @@ def begin(path: Path, experiment: Experiment, budget: Budget) -> None:
 
 def read(folder: str | os.PathLike[str]) -> Sweep:
     """The sweep in a folder, also while it runs. Raises UsageError where there is none."""
-    path, experiment, budget = _opened(Path(folder))
+    path, experiment, budget, _ = _opened(Path(folder))
     begun = {cell: runs.read(path / cell.name) for cell in experiment.cells if (path / cell.name / "run.json").exists()}
     rows: list[Row] = []
     for network in experiment.file.networks:
@@ -118,14 +123,20 @@ def read(folder: str | os.PathLike[str]) -> Sweep:
     return Sweep(path, experiment, budget, tuple(rows), _notes(rows))
 
 
-def _opened(path: Path) -> tuple[Path, Experiment, Budget]:
+def _contents(experiment: Experiment) -> dict[str, str]:
+    """SHA-256 by name: with another checkpoint, recipe or rule file under the same name, cells would not compare."""
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in experiment.files}
+
+
+def _opened(path: Path) -> tuple[Path, Experiment, Budget, dict[str, str]]:
     if not (path / EXPERIMENT).is_file():
         raise UsageError(f"{path}: holds no sweep ({EXPERIMENT} is not there); expected a folder of `repbnn sweep`")
     experiment = experiments.loads((path / EXPERIMENT).read_text("utf-8"), str(path / EXPERIMENT))
     try:
         stored = json.loads((path / BUDGET).read_text("utf-8"))
-        return path, experiment, Budget(stored["data"], stored["epochs"], tuple(stored["sets"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        budget = Budget(stored["data"], stored["epochs"], tuple(stored["sets"]))
+        return path, experiment, budget, dict(stored.get("files", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / BUDGET}: cannot be read ({error}); the sweep's folder was changed") from None
 
 

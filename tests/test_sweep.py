@@ -293,6 +293,20 @@ def test_another_sweep_in_the_folder_is_refused(here: Path) -> None:
         sweeps.read(here)
 
 
+def test_another_file_under_the_same_name_is_another_sweep(here: Path) -> None:
+    folder, rules = here / "runs" / "own", here / "mine.yaml"
+    rules.write_text("name: mine\n")
+    text = "name: own\nsummary: own rules\nnetworks: [irnet_resnet20]\nvariants: {rep: {rules: mine.yaml}}\n"
+    experiment = experiments.loads(text, "own.yaml")
+    assert experiment.files == ("mine.yaml",)
+    sweeps.begin(folder, experiment, Budget("digits"))
+    rules.write_text("name: mine, edited\n")
+    with pytest.raises(UsageError, match=r"holds another sweep; changed: what is in mine\.yaml; give another folder"):
+        sweeps.begin(folder, experiment, Budget("digits"))
+    rules.unlink()  # what needs it will say so; finished cells do not
+    sweeps.begin(folder, experiment, Budget("digits"))
+
+
 def test_an_interrupted_sweep_continues(here: Path) -> None:
     """Interrupted while a cell trains; then finished. One cell fails for its own reason, and the others go on."""
     pytest.importorskip("sklearn", reason="needs the extra `digits`")
