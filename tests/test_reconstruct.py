@@ -14,10 +14,12 @@ from train_examples import tiny
 import repbnn_cli
 from repbnn_cli import binary_conv, zoo
 from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.channels import Tiled
 from repbnn_cli.cli import run
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.plan import Plan
 from repbnn_cli.train import reconstruct
+from repbnn_cli.train.measure import estimating
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
 KINDS = ["FracConv2d", "GatedConv2d", "IRConv2d", "RBNNConv2d", "ReCUConv2d", "SignConv2d"]
@@ -61,6 +63,42 @@ def test_foreign_layers_with_a_residual_are_fitted_up_to_where_their_part_ends()
     found = reconstruct.reconstruct(plan, rep, batches(), steps=30)
     assert [unit.path for unit in found] == ["conv1", "conv2", "shortcut", "fc"]
     assert found[-1].after < found[-1].before
+
+
+def values_at(network: fx.GraphModule, name: str, given: list[Tensor]) -> Tensor:
+    """What the node of that name gives, over all images."""
+    (output,) = network.graph.find_nodes(op="output")
+    part = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in network.graph.nodes:
+        if node is not output:
+            copied[node] = part.node_copy(node, lambda n: copied[n])
+            if node.name == name:
+                part.output(copied[node])
+                break
+    with torch.no_grad():
+        return torch.cat([fx.GraphModule(network, part)(x) for x in given])
+
+
+def test_the_targets_of_replicas_may_be_apart() -> None:
+    """In the mean, one replica half a standard deviation below the source's values and one above."""
+    model, given = randomize(Residual()), batches(4, 32)
+    with estimating([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]), torch.no_grad():
+        for x in given:
+            model(x)
+    for spread in (0.0, 0.5):
+        plan, rep = transformed(model)
+        assert isinstance(rep, fx.GraphModule)
+        reconstruct.reconstruct(plan, rep, given, steps=0, spread=spread)
+        step = plan.steps["add"]
+        assert isinstance(step.state, Tiled)
+        source = plan.network.module
+        assert isinstance(source, fx.GraphModule)
+        theirs = values_at(source, "add", given)[:, list(step.state.index)]
+        off = (values_at(rep, step.node, given) - theirs).mean((0, 2, 3)) / theirs.std((0, 2, 3))
+        for replica, side in enumerate((-spread, spread)):
+            channels = [c for c, q in enumerate(step.state.replica) if q == replica]
+            torch.testing.assert_close(off[channels], torch.full((8,), side), rtol=0, atol=0.1)
 
 
 def test_a_fit_that_is_not_finite_is_an_error() -> None:

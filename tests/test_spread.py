@@ -113,7 +113,36 @@ def test_from_the_command_line(
     capsys.readouterr()
     assert run(["report", "r/checkpoints/best.pt", *own, "--markdown"]) == 0
     assert "BatchNorm shifts of the copies started apart, from -0.5 to 0.5" in capsys.readouterr().out
-    for again in ("fold.pt", "r/checkpoints/best.pt"):
-        assert run(["finetune", again, *own, *quick, "--run-dir", "s"]) == 2
-        assert "error: --spread: is for a RepBNN that starts afresh" in capsys.readouterr().err
+    for again, more, why in (
+        ("r/checkpoints/best.pt", [], "--spread: is for a RepBNN as `repbnn transform` made it, not r"),
+        ("fold.pt", ["--fit", "0"], "a part of the fit to the source network, but --fit 0 leaves that out"),
+    ):
+        assert run(["finetune", again, *own, *quick, *more, "--run-dir", "s"]) == 2
+        assert f"{why}\n" in capsys.readouterr().err
     assert not Path("s").exists()
+
+
+def test_inherited_weights_are_fitted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    Path("net.py").write_text(OWN_NETWORK)
+    torch.save(own_network().state_dict(), "own.pt")
+    own = ["--model", "net.py:make", "--data", "digits"]
+    assert run(["transform", "own.pt", *own[:2], "--input-size", "3x32x32", "-o", "fold.pt"]) == 0
+    fit = ["--fit", "20", "--images", "256", "--spread", "0.5"]
+    assert run(["calibrate", "fold.pt", *own, *fit, "-o", "apart.pt"]) == 0
+    prepared = torch.load("apart.pt", weights_only=True)["training"]["inherited"]
+    assert (prepared["spread"], prepared["fit_steps"]) == (0.5, 20)
+    capsys.readouterr()
+    assert run(["report", "apart.pt", *own[:2], "--markdown"]) == 0
+    assert "aimed from -0.5 to 0.5 standard deviations of it beside the source's" in capsys.readouterr().out
+    assert run(["calibrate", "apart.pt", *own, *fit, "-o", "again.pt"]) == 2
+    assert "but this network was fitted before\n" in capsys.readouterr().err
+    quick = ["--set", "augmentation=none", "--set", "batch=256", "--epochs", "1", "--run-dir", "r"]
+    assert run(["finetune", "fold.pt", *own, "--fit", "2", "--spread", "0.5", *quick]) == 0
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]  # what was inherited is measured
+    assert json.loads(Path("r/environment.json").read_text())["network"]["spread"] == 0.5

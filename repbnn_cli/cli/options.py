@@ -50,6 +50,13 @@ Backend = Annotated[
 EvaluationBackend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, int8 (CPU), triton (fused), or auto.")
 ]
+Spread = Annotated[
+    float,
+    typer.Option(
+        "--spread", min=0,
+        help="Copies start apart by ±SPREAD standard deviations: a fresh RepBNN's shifts, or the targets of a fit.",
+    ),
+]  # fmt: skip
 TrainingBackend = Annotated[
     str, typer.Option("--backend", help="What runs binary convolutions: torch, int8 (CPU, exact), triton, or auto.")
 ]

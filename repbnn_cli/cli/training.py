@@ -17,6 +17,7 @@ from repbnn_cli.cli.options import (
     Key,
     Model,
     ModelArgs,
+    Spread,
     TrainingBackend,
     Unsafe,
     app,
@@ -74,10 +75,7 @@ def finetune(
     fit: Annotated[
         int, typer.Option("--fit", help="Steps per convolution that first fit inherited weights to their source.")
     ] = 200,
-    spread: Annotated[
-        float,
-        typer.Option("--spread", min=0, help="Of a fresh RepBNN: the copies' BatchNorm shifts from -SPREAD to SPREAD."),
-    ] = 0.0,
+    spread: Spread = 0.0,
     arch: Arch = None,
     model: Model = None,
     model_args: ModelArgs = None,
@@ -168,6 +166,7 @@ def calibrate_command(
     fit: Annotated[
         int, typer.Option("--fit", help="Steps per convolution that fit it to the source network's; 0: none.")
     ] = 200,
+    spread: Spread = 0.0,
     images: Annotated[
         int, typer.Option("--images", min=1, help="Training images to fit on, as far as memory allows.")
     ] = 2048,
@@ -196,6 +195,7 @@ def calibrate_command(
         recipe=recipe,
         batches=batches,
         fit=fit,
+        spread=spread,
         images=images,
         device=device,
         output=output,

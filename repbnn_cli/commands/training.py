@@ -50,7 +50,7 @@ def finetune(
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=spread)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
-    prepare = _spreading(pupil, spread) if spread else None
+    prepare = _spreading(pupil, spread) if spread and not pupil.inherited else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         memory.keep_freed(place)
@@ -64,8 +64,8 @@ def finetune(
         watcher = run_views.watcher(lengths) if ranks.first else None
         stack.enter_context(watcher or nullcontext())
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
-        if pupil.inherited and (calibrate or fit):
-            prepare = _preparation(pupil, batches=calibrate, fit=fit, alone=ranks.size == 1)
+        if pupil.inherited and (calibrate or fit or spread):
+            prepare = _preparation(pupil, batches=calibrate, fit=fit, spread=spread, alone=ranks.size == 1)
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
             prepare=prepare,
@@ -171,8 +171,8 @@ def evaluate(
 
 
 def calibrate(
-    target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, images: int, device: str,
-    output: str | None, force: bool, model: str | None, as_json: bool,
+    target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float, images: int,
+    device: str, output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     path = Path(target) if target else result.newest()
@@ -185,6 +185,7 @@ def calibrate(
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
     if fit and not pupil.trained and not pupil.opened.payload["source_tensors"]:
         raise UsageError(f"{path}: holds no source network to fit to (--slim); --fit 0 does without")
+    prepare = _preparation(pupil, batches=batches, fit=fit, spread=spread, images=images)
     dataset = pupils.dataset(data, pupil.origin)
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
@@ -193,7 +194,7 @@ def calibrate(
     pupil.network.to(where)
     with torch.no_grad():  # what does not fit the data is said before minutes of fitting
         checked_logits(pupil.network.eval(), feed.example, len(dataset.classes))
-    inherited = _preparation(pupil, batches=batches, fit=fit, images=images)(pupil.network, feed)
+    inherited = prepare(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     earlier = pupil.opened.payload.get("training", {})
@@ -208,8 +209,8 @@ def calibrate(
 
 def _spreading(pupil: Pupil, spread: float) -> Preparation:
     """`--spread`, and how much of the network it reaches. Raises UsageError where it has no place."""
-    if pupil.beta is None or pupil.inherited or pupil.trained:
-        raise UsageError(f"--spread: is for a RepBNN that starts afresh (transform --inherit none), not {pupil.name}")
+    if pupil.beta is None or pupil.trained:
+        raise UsageError(f"--spread: is for a RepBNN as `repbnn transform` made it, not {pupil.name}")
     assert isinstance(pupil.network, fx.GraphModule)
     convs = sum(isinstance(m, RepMixin) for m in pupil.network.modules())
     views.say(run_views.spread_line(spread, len(spreadable(pupil.network)), convs))
@@ -217,9 +218,12 @@ def _spreading(pupil: Pupil, spread: float) -> Preparation:
 
 
 def _preparation(
-    pupil: Pupil, *, batches: int, fit: int, images: int = Preparation.images, alone: bool = True
+    pupil: Pupil, *, batches: int, fit: int, spread: float, images: int = Preparation.images, alone: bool = True
 ) -> Preparation:  # fmt: skip
-    """What the weights of a result still have to go through, and why less than asked for; alone: in one process."""
+    """What the weights of a result still have to go through, and why less than asked for; alone: in one process.
+
+    Raises UsageError for a spread without the fit that makes it.
+    """
     assert pupil.opened is not None
     reason = None
     if pupil.trained:
@@ -232,10 +236,13 @@ def _preparation(
         reason = "the file holds no source network (--slim)"
     elif any(p.dtype == torch.float16 for p in pupil.network.parameters()):
         reason = "its weights are in float16, too coarse for the steps of a fit"
+    if spread and (reason is not None or not fit):
+        why = reason or "--fit 0 leaves that out"
+        raise UsageError(f"--spread: of inherited weights it is a part of the fit to the source network, but {why}")
     if fit and reason is not None:
         views.say(f"not fitted to the source network: {reason}")
     plan = pupil.opened.plan if fit and reason is None else None
-    return Preparation(batches, plan, fit, images, on_note=views.say, on_unit=lambda u: views.say(
+    return Preparation(batches, plan, fit, images, spread, on_note=views.say, on_unit=lambda u: views.say(
         run_views.fitted_line(u.path, u.before, u.after)))  # fmt: skip
 
 

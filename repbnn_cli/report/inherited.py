@@ -13,16 +13,18 @@ from repbnn_cli.report.document import Block, Code, Figures, Folded, Paragraph, 
 def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
     """training: what a result says of itself; the `fit` in it maps paths to the shares missed before and after."""
     prepared = training.get("inherited", {})
-    if spread := prepared.get("spread"):
+    spread, fit = prepared.get("spread"), prepared.get("fit")
+    if spread and not fit:
         yield Paragraph(f"BatchNorm shifts of the copies started apart, from {-spread:g} to {spread:g} (`--spread`).")
-    fit = prepared.get("fit")
     if not fit:
         return
     yield Paragraph(
         f"Fitted to the source network before any training: {prepared['fit_steps']} steps per convolution on "
         f"{exact(prepared['fit_images'])} training images, without labels. What is missed is the mean squared distance "
         "of the values behind a convolution to the source's, over their variance."
-    )
+        + (f" The replicas of a channel aimed from {-spread:g} to {spread:g} standard deviations of it beside the "
+           "source's values (`--spread`), and the distance is to that." if spread else "")
+    )  # fmt: skip
     curves = [
         charts.Line(name, tuple((float(i), 100 * values[side]) for i, values in enumerate(fit.values(), 1)), style)
         for side, (name, style) in enumerate((("kernels as transformed", charts.BEFORE), ("fitted", charts.AFTER)))

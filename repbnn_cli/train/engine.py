@@ -198,7 +198,7 @@ class _Trainer:
     def begin(self, prepare: Preparation | None) -> None:
         if prepare is not None:
             self.inherited = prepare(self.network, self.feed, self._stop_early)
-        if prepare is not None and not prepare.spread:  # fresh weights know nothing yet
+        if prepare is not None and not prepare.fresh:
             result = self._evaluate(self.network)
             self.last_top1 = result.top1
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,

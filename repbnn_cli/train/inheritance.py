@@ -1,7 +1,8 @@
 """What a Rep network goes through before anything is trained.
 
 Inherited weights: a fit to the source network, new BatchNorm statistics; one preparation for `repbnn calibrate`, which
-writes its outcome, and for `repbnn finetune`, which trains on from it. Fresh ones: on request, thresholds set apart.
+writes its outcome, and for `repbnn finetune`, which trains on from it. On request replicas get thresholds of their own:
+fresh ones by the shifts of their BatchNorms, inherited ones by the targets of the fit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Preparation:
     """plan: what made the network, None to leave its kernels as they are; fit: steps of Adam per convolution.
 
     images: training images to fit on, without labels, or as many as memory holds; batches: of training images over
-    which BatchNorm statistics are then estimated, 0 for none. spread: see spread_shifts, 0 for none.
+    which BatchNorm statistics are then estimated, 0 for none. spread: how far replicas start apart, 0 for not at all;
+    with a fit see reconstruct, without one spread_shifts.
     on_note, on_unit: hear what happens.
     """
 
@@ -39,6 +41,11 @@ class Preparation:
     spread: float = 0.0
     on_note: Callable[[str], None] | None = None
     on_unit: Callable[[Fitted], None] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it starts weights that know nothing yet."""
+        return self.spread > 0 and self.plan is None
 
     def key(self) -> dict[str, float]:
         """What the prepared weights depend on, beside network, data and seed."""
@@ -66,11 +73,14 @@ class Preparation:
                     after_unit()
 
             self.plan.network.module.to(measure.device_of(network))
-            units = reconstruct.reconstruct(self.plan, network, batches, steps=self.fit, on_unit=heard)
+            units = reconstruct.reconstruct(
+                self.plan, network, batches, steps=self.fit, spread=self.spread, on_unit=heard
+            )
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
-        if self.spread:
+        if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
             spread_shifts(network, self.spread)
+        if self.spread:
             facts["spread"] = self.spread
         if self.batches:
             facts["calibrated_batches"] = measure.calibrate(network, feed.train.epoch(0), self.batches)

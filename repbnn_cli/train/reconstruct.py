@@ -9,6 +9,7 @@ here, one convolution after the other in the order of the forward, so that the s
 e is the last value that the convolution alone decides on: behind its BatchNorm, its sum with the bypass, its
 activation. x is what the layers before, fitted already, really give, so each layer also makes up for the errors of
 those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way.
+On request the targets of a channel's replicas are set apart, so that each replica has a threshold of its own.
 docs/inheritance.md has what it is worth.
 """
 
@@ -69,16 +70,18 @@ def reconstruct(
     *,
     steps: int = 200,
     seed: int = 0,
+    spread: float = 0.0,
     on_unit: Callable[[Fitted], None] | None = None,
 ) -> list[Fitted]:
     """Fits `rep`, which plan made, in place; batches: images (N, C, H, W) each, as training prepares them.
 
     steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
-    keep what they inherited. Afterwards rep is in eval mode.
+    keep what they inherited. spread: replicas of a channel aim from so many of its standard deviations below the
+    source's values to so many above. Afterwards rep is in eval mode.
     """
     rep.eval()
     plan.network.module.eval()
-    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(seed), on_unit)
+    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(seed), spread, on_unit)
     with _mid_schedule(rep):
         fitting.run()
     return fitting.done
@@ -103,10 +106,10 @@ def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: in
 class _Fitting:
     def __init__(
         self, plan: Plan, rep: fx.GraphModule, batches: list[Tensor], steps: int, random: torch.Generator,
-        on_unit: Callable[[Fitted], None] | None,
+        spread: float, on_unit: Callable[[Fitted], None] | None,
     ) -> None:  # fmt: skip
         self.plan, self.rep, self.source = plan, rep, plan.network
-        self.steps, self.random, self.on_unit = steps, random, on_unit
+        self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
         self.chunks = len(batches)
         self.done: list[Fitted] = []
         by_name = {node.name: node for node in self.source.graph.nodes}
@@ -144,12 +147,14 @@ class _Fitting:
         outer = {n for member in unit for n in member.all_input_nodes if n not in unit and n.op != "get_attr"}
         for node in outer:
             self._available(node)
-        wanted = self._wanted(unit[-1])
+        wanted = self._apart(unit[-1], self._wanted(unit[-1]))
         modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
         norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
         with _training(modules, parameters):
             self._start_norms(unit)
+            if self.spread:
+                self._centre(unit, wanted)
             before = self._missed(unit, wanted)
             optimizer = torch.optim.Adam([{"params": [p], "lr": _rate(p)} for p in parameters])
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
@@ -217,6 +222,26 @@ class _Fitting:
         index = torch.tensor(state.index, device=found[0].device)
         return [value.index_select(1, index) for value in found]
 
+    def _apart(self, end: fx.Node, wanted: list[Tensor]) -> list[Tensor]:
+        """The targets with those of a source channel's replicas apart, within the range of the source's values."""
+        state = self.plan.steps[self.twin[end.name].name].state
+        if not self.spread or not isinstance(state, Tiled) or len(set(state.replica)) < self.plan.beta:
+            return wanted
+        few = torch.cat(wanted[:_FEW])
+        deviation = few.std(_all_but_channels(few), correction=0)
+        steps = torch.linspace(-self.spread, self.spread, self.plan.beta, device=few.device)
+        shift = (deviation * steps[list(state.replica)]).view(-1, *[1] * (few.dim() - 2))
+        low, high = few.min(), few.max()
+        return [(value + shift).clamp(low, high) for value in wanted]
+
+    @torch.no_grad()
+    def _centre(self, unit: list[fx.Node], wanted: list[Tensor]) -> None:
+        """Moves the BatchNorm's shifts by what the unit's values miss in the mean."""
+        module = fetch(self.rep, str(unit[1].target)) if len(unit) > 1 and unit[1].op == "call_module" else None
+        if isinstance(module, _BatchNorm) and module.bias is not None:
+            missing = torch.cat([wanted[i] - self._end(unit, i) for i in range(min(_FEW, self.chunks))])
+            module.bias.add_(missing.mean(_all_but_channels(missing)))
+
     def _parameters(self, unit: list[fx.Node], modules: list[nn.Module]) -> list[Tensor]:
         named = [p for module in modules for p in module.parameters()]
         named += [
@@ -251,7 +276,7 @@ class _Fitting:
         module.weight.fill_(1.0)
         module.bias.zero_()
         given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(_FEW, self.chunks))])
-        dims = [d for d in range(given.dim()) if d != 1]
+        dims = _all_but_channels(given)
         module.weight.copy_((given * wanted).mean(dims))  # given: mean 0 and variance 1 in each channel
         module.bias.copy_(wanted.mean(dims))
 
@@ -314,6 +339,10 @@ def _rate(parameter: Tensor) -> float:
     """Adam's step, which is absolute, in units of the tensor: kernels of any scale flip as many signs."""
     size = float(parameter.detach().abs().mean())
     return _KERNEL_RATE * size if parameter.dim() > 1 and size else _OTHER_RATE * max(size, _LEAST)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
