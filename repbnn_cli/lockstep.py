@@ -26,7 +26,7 @@ from repbnn_cli.inherit import Columns, Kernel, Mean, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCall, ConvCalls
-from repbnn_cli.stand_ins import filters, holding, per_source_channel, stand_ins
+from repbnn_cli.stand_ins import counting_replicas, filters, holding, per_source_channel, stand_ins
 from repbnn_cli.tracer import fetch
 
 # Of the largest value of a tensor: what a different order of summation may cost.
@@ -195,6 +195,7 @@ class Lockstep:
             with (
                 contextlib.suppress(Exception),
                 holding(self.plan.network.module, filters(edit, self.rep)),
+                counting_replicas(module, self.plan.layers[edit.path], self.plan.beta),
                 self._merged_kernels(edit, module),
             ):
                 return type(module).forward(module, *args, **kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repbnn_cli.inherit import Columns, Kernel, Mean, Tile
 from repbnn_cli.plan import ModuleEdit, Plan
+from repbnn_cli.recognize import Layer
 from repbnn_cli.static import evaluate, roots, static_nodes
 from repbnn_cli.tracer import fetch
 
@@ -79,6 +80,18 @@ def per_source_channel(value: Tensor, recipe: Mean | Tile, size: int) -> Tensor:
         return value.index_select(axis, torch.tensor(first, device=value.device))
     blocks = value.unflatten(axis, (recipe.members.groups, -1))
     return torch.cat([blocks] * (size // value.shape[axis]), axis + 1).flatten(axis, axis + 1)
+
+
+@contextlib.contextmanager
+def counting_replicas(module: nn.Module, layer: Layer, beta: int) -> Iterator[None]:
+    """While this lasts, the numbers of inputs that a layer keeps count all replicas, as they must in the Rep layer."""
+    names = {"in_channels", "in_features"} | {n for n, m in layer.attributes.items() if m in ("in_channels", "fan_in")}
+    kept = {name: value for name, value in vars(module).items() if name in names and isinstance(value, int)}
+    vars(module).update({name: value * beta for name, value in kept.items()})
+    try:
+        yield
+    finally:
+        vars(module).update(kept)
 
 
 @contextlib.contextmanager

@@ -181,3 +181,26 @@ def test_a_scale_of_the_kernel_of_a_layer_that_stays_whole() -> None:
 class Signs(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, Sign.apply(self.weight))
+
+
+class CountsItsInputs(nn.Conv2d):
+    """Divides by numbers that it keeps; the one that torch's class keeps is larger in the Rep layer."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 16, 3, padding=1, bias=False)
+        self.outputs = 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().sum((1, 2, 3)) / (self.in_channels * 9 + self.outputs)
+        return F.conv2d(Sign.apply(x), Sign.apply(self.weight), None, 1, 1) * scale.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+def test_a_layer_may_divide_by_its_number_of_inputs(beta: int) -> None:
+    torch.manual_seed(0)
+    model = randomize(Body(nn.Sequential(CountsItsInputs(), nn.BatchNorm2d(16)), out=16))
+    plan, rep = transformed(model, beta=beta)
+    assert verify(model, plan, rep, gradients=True).passed
+    assert model.get_submodule("body.0").in_channels == 8
+    rep.get_submodule("body.0").in_channels = 8  # a number that was forgotten is a wrong scale
+    assert failed(verify(model, plan, rep, gradients=True)).keys() == {"merged-kernel identity"}
