@@ -182,7 +182,7 @@ def test_the_command_says_what_runs(command: Callable[..., int], capsys: pytest.
     assert command("--backend", "triton", "--json") == 0
     shown = capsys.readouterr()
     assert shown.err.count("backend ") == 1
-    assert "backend triton (asked for; interpreted on the CPU): forward of 1 binary convolutions, 0 " in shown.err
+    assert "backend triton (asked for; interpreted on the CPU): forward of 1 binary convolutions\n" in shown.err
     assert "exactly 0" not in str(json.loads(shown.out)["notes"])
     assert json.loads(Path("run/environment.json").read_text())["options"]["backend"] == "triton"
 
