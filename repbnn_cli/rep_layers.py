@@ -5,7 +5,7 @@ Shape letters: O, I output and input channels of the source convolution; b = β;
 A RepConv has the kernel (O/b, I·b, k, k): as many weights and multiply-accumulates as (O, I, k, k). Its output is
 repeated b² times along the channels: result channel j is convolution channel j mod (O/b), O·b channels in all.
 Where a BatchNorm follows, the repeat is left to it (`rep_repeats == 1` on the convolution, `repeats == b²` on the
-BatchNorm), so that the repeated tensor never exists before it is normalised.
+BatchNorm), so that in training the repeated tensor never exists before it is normalised.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            return self._by_running_statistics(x)
+            # Copies may have running statistics of their own (a transform tiles those of the source network), and the
+            # sign that follows decides on the last bit of a plain BatchNorm: so it is one, over the repeated tensor.
+            return super().forward(repeat_channels(x, self.repeats))
         if self.by_batch is not None and self.weight is not None and x.dim() == 4:
             return self._by_batch(self.by_batch, x)
         normalised = self._normalise(x)
@@ -171,20 +173,6 @@ class _RepBatchNorm(nn.modules.batchnorm._BatchNorm):
             copies = (self.repeats, x.shape[1], *[1] * (out.dim() - at - 2))
             out = torch.addcmul(self.bias.view(copies), out, self.weight.view(copies))
         return _repeated(out, at, self.repeats).flatten(at, at + 1).movedim(at, 1)
-
-    def _by_running_statistics(self, x: Tensor) -> Tensor:
-        """Each copy by its own running statistics, which may differ (a transform tiles those of the source network).
-
-        One batch_norm per copy rather than one multiply-add over all of them: the result is then that of a plain
-        BatchNorm to the last bit, and the sign that follows decides on such bits.
-        """
-        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
-        per_copy = [[None] * self.repeats if t is None else t.view(self.repeats, -1).unbind() for t in tensors]
-        copies = [
-            F.batch_norm(x, mean, var, weight, bias, training=False, eps=self.eps)
-            for mean, var, weight, bias in zip(*per_copy, strict=True)
-        ]
-        return copies[0] if self.repeats == 1 else torch.cat(copies, 1)
 
     def _by_batch(self, by_batch: ByBatch, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
