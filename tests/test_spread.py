@@ -86,14 +86,18 @@ def test_a_network_without_repeating_norms_has_nothing_to_spread() -> None:
         spread_shifts(rep, 0.5)
 
 
-def test_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with net.py, a user's network, and own.pt, its checkpoint."""
     pytest.importorskip("sklearn", reason="needs the extra `digits`")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "net", raising=False)
     Path("net.py").write_text(OWN_NETWORK)
     torch.save(own_network().state_dict(), "own.pt")
+
+
+@pytest.mark.usefixtures("own_files")
+def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model", "net.py:make"]
     for inherit in ("none", "fold"):
         start = ["transform", "own.pt", *own, "--input-size", "3x32x32", "--inherit", inherit, "-o", f"{inherit}.pt"]
@@ -122,14 +126,8 @@ def test_from_the_command_line(
     assert not Path("s").exists()
 
 
-def test_inherited_weights_are_fitted_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("sklearn", reason="needs the extra `digits`")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "net", raising=False)
-    Path("net.py").write_text(OWN_NETWORK)
-    torch.save(own_network().state_dict(), "own.pt")
+@pytest.mark.usefixtures("own_files")
+def test_inherited_weights_are_fitted_apart(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model", "net.py:make", "--data", "digits"]
     assert run(["transform", "own.pt", *own[:2], "--input-size", "3x32x32", "-o", "fold.pt"]) == 0
     fit = ["--fit", "20", "--images", "256", "--spread", "0.5"]
