@@ -110,7 +110,7 @@ def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The payload of a result file; CheckpointError for any other file."""
-    payload = _payload_in(checkpoint.load(path))
+    payload = payload_in(checkpoint.load(path))
     if payload is None:
         raise CheckpointError(f"{path}: is not a result of `repbnn transform`; run it first, or use `repbnn inspect`")
     return payload
@@ -118,10 +118,11 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def is_result(path: str | os.PathLike[str]) -> bool:
     """Whether the file is a result of `transform`; CheckpointError when it cannot be read at all."""
-    return _payload_in(checkpoint.load(path)) is not None
+    return payload_in(checkpoint.load(path)) is not None
 
 
-def _payload_in(file: checkpoint.Checkpoint) -> dict[str, Any] | None:
+def payload_in(file: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    """The payload of a file that was read, or None where it is no result."""
     stored = file.metadata.get("repbnn") if file.format == "safetensors" else None
     if isinstance(stored, str):
         return {**json.loads(stored), "tensors": file.tensors, "source_tensors": {}, "sha256": file.sha256}
@@ -133,10 +134,10 @@ def open_result(path: str | os.PathLike[str], model: ModelSource | None = None) 
     return _opened(path, read_payload(path), model)
 
 
-def open_if_result(path: str | os.PathLike[str], model: ModelSource | None = None) -> Result | None:
-    """`open_result`, or None for a file that is none; it is read and hashed once."""
-    payload = _payload_in(checkpoint.load(path))
-    return None if payload is None else _opened(path, payload, model)
+def of_file(file: checkpoint.Checkpoint, model: ModelSource | None = None) -> Result | None:
+    """`open_result` of a file that was read, or None where it is no result."""
+    payload = payload_in(file)
+    return None if payload is None else _opened(file.path, payload, model)
 
 
 def _opened(path: str | os.PathLike[str], payload: dict[str, Any], model: ModelSource | None) -> Result:

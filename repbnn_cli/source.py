@@ -80,17 +80,32 @@ def from_checkpoint(
     key: str | None = None,
     unsafe: bool = False,
 ) -> Source:
+    """`from_file` of what `checkpoint.load` reads. Raises CheckpointError as well where it cannot be read."""
+    file = checkpoint.load(path, key=key, unsafe=unsafe)
+    return from_file(file, arch=arch, model=model, model_args=model_args, input_size=input_size)
+
+
+def from_file(
+    file: Checkpoint,
+    *,
+    arch: str | None = None,
+    model: str | None = None,
+    model_args: str | None = None,
+    input_size: str | None = None,
+) -> Source:
     """The network of a checkpoint: `model` (the user's code) if given, else `arch`, else found from the tensors.
 
-    Raises CheckpointError (cannot be read, fits nothing, holds NaN), CaptureError (the user's code fails), UsageError.
+    Raises CheckpointError (fits nothing, holds NaN), CaptureError (the user's code fails), UsageError.
     """
-    file = checkpoint.load(path, key=key, unsafe=unsafe)
+    path = str(file.path)
     if file.payload is not None:
         source = file.payload["source"]["file"]
         raise UsageError(f"{path}: is a result of `repbnn transform` already; transform its source ({source}) instead")
     if checkpoint.PACKED in file.metadata:
         raise UsageError(f"{path}: is a packed network (`repbnn export packed`), for inference alone; name its source")
     if model is None:
+        if model_args is not None:
+            raise UsageError(f"--model-args {model_args}: are those of your own network; name it with --model")
         checkpoint.check_finite(file.tensors, path)
     else:
         if arch is not None:

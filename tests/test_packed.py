@@ -16,7 +16,7 @@ from networks import BinaryConv, Body, Residual, images, planned, randomize, rul
 from torch import Tensor, nn
 
 import repbnn_cli
-from repbnn_cli import profiler, recognize, shapes, source, surgery, zoo
+from repbnn_cli import checkpoint, profiler, recognize, shapes, source, surgery, zoo
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.deploy.zeros import in_kernels
@@ -268,7 +268,7 @@ def test_a_damaged_file_gets_one_clear_line(tmp_path: Path, sound: bytes, how: s
 def test_other_files_are_no_packed_networks(tmp_path: Path) -> None:
     place = tmp_path / "state.pt"
     torch.save({"w": torch.zeros(3)}, place)
-    assert not packed.is_packed(place)
+    assert not packed.is_packed(checkpoint.load(place))
     with pytest.raises(
         CheckpointError, match="is no packed network; expected a file that `repbnn export packed` wrote"
     ):

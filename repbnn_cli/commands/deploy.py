@@ -31,11 +31,11 @@ def export_packed(
     if not Path(path).is_file() and origin.get("model") is None:
         targets.zoo_network(path, None)  # says when it is no name either
         raise UsageError(f"{path}: a zoo name has no trained weights to export; name a checkpoint or a result")
-    if Path(path).is_file() and packed.is_packed(path):
-        raise UsageError(f"{path}: is a packed network already; export the result that it came from")
     place = Path(output) if output else Path(path).with_name(Path(path).name.split(".")[0] + ".packed")
     checkpoint.check_output(place, force=force)
     found = targets.examined(path, **origin)
+    if found.packed is not None:
+        raise UsageError(f"{path}: is a packed network already; export the result that it came from")
     made = packed.pack(
         found.network, found.layers, found.origin, rules=found.opened.plan.rules if found.opened else None,
         about=_about(found), zeros_as_plus=zeros_as_plus,

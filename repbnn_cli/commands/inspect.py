@@ -14,10 +14,10 @@ from repbnn_cli.errors import CheckpointError
 def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_json: bool) -> None:
     """What is in a file, and which network it belongs to; exit code 3 when it fits none."""
     file = checkpoint.load(path, key=key, unsafe=unsafe)
-    if packed.KEY in file.metadata:
+    if packed.is_packed(file):
         _inspect_packed(file, as_json=as_json)
         return
-    stored = _stored(path, file)
+    stored = result.payload_in(file)
     found: identify.Identified | None = None
     problem: CheckpointError | None = None
     if stored is None:
@@ -46,7 +46,7 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         "result of transform": {k: stored[k] for k in ("options", "rules_name", "certificate", "source")}
         if stored
         else None,
-        "kernel zeros": kernel_views.plain_zeros(_zeros(file, stored, found)),
+        "kernel zeros": kernel_views.plain_zeros(_zeros(file, stored, found, key=key, unsafe=unsafe)),
     }
     if as_json:
         views.print_json(values | {"problem": str(problem) if problem else None})
@@ -57,13 +57,13 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
 
 
 def _zeros(
-    file: checkpoint.Checkpoint, stored: dict[str, Any] | None, found: identify.Identified | None
+    file: checkpoint.Checkpoint, stored: dict[str, Any] | None, found: identify.Identified | None, **given: Any
 ) -> zeros.Zeros:
     """Weights with sign 0: of the network's kernels as applied where it is one of the zoo, else of stored tensors."""
     if found is not None:
-        examined = targets.examined(str(file.path), arch=found.arch)
+        examined = targets.examined(str(file.path), arch=found.arch, **given)
     elif stored is not None and stored["source"]["arch"] is not None:
-        examined = targets.examined(str(file.path))
+        examined = targets.examined(str(file.path), **given)
     else:  # the user's own code is not run for a look at a file
         return zeros.in_tensors(file.tensors)
     return zeros.in_kernels(examined.network, examined.layers)
@@ -79,11 +79,6 @@ def _inspect_packed(file: checkpoint.Checkpoint, *, as_json: bool) -> None:
         views.print_json(values | {"kernel_shapes": {p: k["shape"] for p, k in header["kernels"].items()}})
     else:
         views.console().print(views.facts(_readable(values)))
-
-
-def _stored(path: str, file: checkpoint.Checkpoint) -> dict[str, Any] | None:
-    is_result = file.payload is not None or "repbnn" in file.metadata
-    return result.read_payload(path) if is_result else None
 
 
 def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import result, runs, shapes, source, views
+from repbnn_cli import checkpoint, result, runs, shapes, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed
@@ -96,10 +96,13 @@ class Pupil:
                 "target": self.target, "sha256": self.sha256, "source_top1": self.source_top1}  # fmt: skip
 
 
-def load(target: str | None, *, model: str | None = None, **given: Any) -> Pupil:
+def load(
+    target: str | None, *, model: str | None = None, key: str | None = None, unsafe: bool = False,
+    **said: str | None,
+) -> Pupil:  # fmt: skip
     """The network of a result, a checkpoint, or the zoo (without trained weights); the newest result if not given.
 
-    given: what else `source.from_checkpoint` takes, of a checkpoint.
+    said: what else `source.from_file` takes.
     """
     if target is None:
         target = str(result.newest())
@@ -109,25 +112,28 @@ def load(target: str | None, *, model: str | None = None, **given: Any) -> Pupil
         if target not in registry.ARCHS:
             targets.zoo_network(target, None)  # says that there is no such file, or which names are near
         origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
+        targets.check_zoo_agrees(origin, **said, key=key)
         return Pupil(target, registry.build(target), origin, target=target)
     name = _name(path)
-    if packed.is_packed(path):
+    file = checkpoint.load(path, key=key, unsafe=unsafe)
+    if packed.is_packed(file):
         again = packed.open_packed(path, model)
+        targets.check_agrees(f"{target} is a packed network", again.origin, **said, key=key)
         trained_by = again.header.get("training", {}).get("recipe_text")
         return Pupil(name, again.network.module, again.origin, trained_by=trained_by, target=target, packed=again)
-    opened = result.open_if_result(path, model)
+    opened = result.of_file(file, model)
     if opened is not None:
+        targets.check_agrees(f"{target} is a result", opened.origin, **said, key=key)
         payload = opened.payload
         stated = (payload["source"]["accuracy"] or {}).get("top1")
         return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
                      target, payload["sha256"], stated)  # fmt: skip
-    src = source.from_checkpoint(target, model=model, **given)
-    targets.say_choice(src, given.get("key"))
-    trained_by = src.file.metadata.get("recipe_text") if src.file else None
-    known = src.file.accuracy if src.file else None
+    src = source.from_file(file, model=model, **said)
+    targets.say_choice(src, key)
+    trained_by = file.metadata.get("recipe_text")
     return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,
-                 target=target, sha256=src.file.sha256 if src.file else None,
-                 source_top1=known.percent if known else None)  # fmt: skip
+                 target=target, sha256=file.sha256,
+                 source_top1=file.accuracy.percent if file.accuracy else None)  # fmt: skip
 
 
 def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Examined:
     trained: bool
     file: checkpoint.Checkpoint | None = None
     opened: result.Result | None = None
+    packed: packed.Opened | None = None
 
     @property
     def name(self) -> str:
@@ -75,22 +77,23 @@ def examined(
 ) -> Examined:  # fmt: skip
     """The network of a result, a checkpoint, a packed file, or a zoo name. values: a zoo network gets fresh weights
     instead of zeros, so that it can be run; rules: a rule file that says what some of its modules are."""
-    if Path(target).is_file() and packed.is_packed(target):
-        again = packed.open_packed(target, model)
-        return Examined(target, again.network, again.layers, again.origin, trained=True)
-    opened = result.open_if_result(target, model) if Path(target).is_file() else None
-    if opened is not None:
-        if rules is not None:
-            raise UsageError(f"--rules {rules}: {target} is a result, and has its rules in it; leave --rules out")
-        network, layers = shapes.rep_network(opened.plan, opened.module)
-        return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
+    said = {"arch": arch, "model_args": model_args, "input_size": input_size}
     if Path(target).exists() or model is not None:
-        src = source.from_checkpoint(
-            target, arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe
-        )
+        file = checkpoint.load(target, key=key, unsafe=unsafe)
+        if packed.is_packed(file):
+            again = packed.open_packed(target, model)
+            check_agrees(f"{target} is a packed network", again.origin, **said, key=key, rules=rules)
+            return Examined(target, again.network, again.layers, again.origin, trained=True, packed=again)
+        opened = result.of_file(file, model)
+        if opened is not None:
+            check_agrees(f"{target} is a result", opened.origin, **said, key=key, rules=rules)
+            network, layers = shapes.rep_network(opened.plan, opened.module)
+            return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
+        src = source.from_file(file, model=model, **said)
         say_choice(src, key)
     else:
         src = zoo_network(target, input_size)
+        check_zoo_agrees(src.origin, **said, key=key)
         if values:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -99,6 +102,40 @@ def examined(
     network = source.capture(src.model, src.origin, declared)
     layers = recognize(network, declared.declare if declared else None)
     return Examined(target, network, layers, src.origin, trained=src.file is not None, file=src.file)
+
+
+def check_agrees(
+    what: str, origin: Origin, *, arch: str | None = None, model_args: str | None = None,
+    input_size: str | None = None, key: str | None = None, rules: str | None = None,
+) -> None:  # fmt: skip
+    """Options that say which network a checkpoint holds, for a target that says so itself: they agree with it, or
+    UsageError. what: the target and its kind, for the message."""
+    said = (
+        ("--arch", arch, arch, origin.arch),
+        ("--model-args", model_args, source.parse_args(model_args), dict(origin.model_args)),
+        ("--input-size", input_size, source.parse_input_size(input_size), origin.input_shape),
+    )
+    for option, text, meant, own in said:
+        if text is not None and meant != own:
+            is_own = f"has {_as_option(own)} in it" if own else "takes none"
+            raise UsageError(f"{option} {text}: {what}, and {is_own}; leave {option} out")
+    if rules is not None:
+        raise UsageError(f"--rules {rules}: {what}, and has its rules in it; leave --rules out")
+    if key is not None:
+        raise UsageError(f"--key {key}: chooses among the state dicts of a checkpoint; {what}; leave --key out")
+
+
+def check_zoo_agrees(origin: Origin, **said: Any) -> None:
+    """`check_agrees` for a name of the zoo."""
+    told = {name: said.get(name) for name in ("arch", "model_args", "input_size", "key")}
+    check_agrees(f"{origin.arch} is a network of the zoo", origin, **told)
+
+
+def _as_option(value: Any) -> str:
+    """As the command line writes it."""
+    if isinstance(value, tuple):
+        return ",".join("x".join(map(str, shape)) for shape in value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def check_output(output: str | Path | None, *, force: bool) -> None:
@@ -125,7 +162,9 @@ def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
     """A checkpoint's network, the user's own if `origin` names his code; or a zoo network without weights."""
     if Path(name).exists() or origin.get("model"):
         return source.from_checkpoint(name, input_size=input_size, **origin)
-    return zoo_network(name, input_size)
+    src = zoo_network(name, input_size)
+    check_zoo_agrees(src.origin, **origin)
+    return src
 
 
 def say_choice(src: Source, key: str | None) -> None:

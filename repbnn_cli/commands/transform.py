@@ -33,7 +33,7 @@ def transform(
     if verify not in ("auto", "full", "quick"):
         raise UsageError(f"--verify {verify}: expected auto, full or quick")
     rule_set = rulebook.load(rules or targets.DEFAULT_RULES)
-    from_zoo = path in registry.ARCHS and not Path(path).exists()
+    from_zoo = path in registry.ARCHS and not Path(path).exists() and origin["model"] is None
     if from_zoo and inherit is None:
         inherit = "none"  # a network that was never trained has nothing to hand down
     rule_set = rule_set.with_options(beta, inherit, last_layer)
@@ -41,7 +41,11 @@ def transform(
     target = Path(output) if output else source.default_output(run.name if run else path, rule_set.options.beta)
     if not dry_run:
         targets.check_output(output or target, force=force)
-    src = source.fresh(path, seed, origin["input_size"]) if from_zoo else source.from_checkpoint(path, **origin)
+    if from_zoo:
+        src = source.fresh(path, seed, origin["input_size"])
+        targets.check_zoo_agrees(src.origin, **origin)
+    else:
+        src = source.from_checkpoint(path, **origin)
     targets.say_choice(src, origin.get("key"))
     with running(src.model):
         plan = make_plan(src, rule_set)

@@ -252,12 +252,9 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 # Reading
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a packed network; CheckpointError when it cannot be read at all."""
-    place = Path(path)
-    return reading.kind_of(place) == reading.SAFETENSORS and KEY in reading.content_of(
-        place, reading.SAFETENSORS, unsafe=False
-    )[1]  # fmt: skip
+def is_packed(file: checkpoint.Checkpoint) -> bool:
+    """Whether a file that was read is a packed network."""
+    return KEY in file.metadata
 
 
 def read(path: str | os.PathLike[str]) -> Packed:
