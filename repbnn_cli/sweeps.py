@@ -37,7 +37,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Spread:
+class OverSeeds:
     """Mean of n values and their sample standard deviation, which one value does not have."""
 
     mean: float
@@ -59,9 +59,9 @@ class Row:
     transforms: bool
     seeds: int
     runs: tuple[RunRecord, ...]
-    best: Spread | None
-    last: Spread | None
-    gain: Spread | None
+    best: OverSeeds | None
+    last: OverSeeds | None
+    gain: OverSeeds | None
     published: float | None
     published_gain: float | None
 
@@ -125,7 +125,11 @@ def read(folder: str | os.PathLike[str]) -> Sweep:
 
 def _contents(experiment: Experiment) -> dict[str, str]:
     """SHA-256 by name: with another checkpoint, recipe or rule file under the same name, cells would not compare."""
-    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in experiment.files}
+    digests = {}
+    for name in experiment.files:
+        with open(name, "rb") as stream:
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
 
 
 def _opened(path: Path) -> tuple[Path, Experiment, Budget, dict[str, str]]:
@@ -161,14 +165,14 @@ def _row(experiment: Experiment, begun: dict[Cell, RunRecord], network: str, nam
         gain = stated.rep - stated.raw
     best = [run.best_top1 for run in finished.values() if run.best_top1 is not None]
     last = [run.last_top1 for run in finished.values() if run.last_top1 is not None]
-    return Row(network, name, variant.transforms, len(cells), tuple(of_seed.values()), _spread(best), _spread(last),
-               _spread(gains), published, gain)  # fmt: skip
+    return Row(network, name, variant.transforms, len(cells), tuple(of_seed.values()), _over_seeds(best),
+               _over_seeds(last), _over_seeds(gains), published, gain)  # fmt: skip
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
+def _over_seeds(values: Sequence[float]) -> OverSeeds | None:
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return OverSeeds(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:

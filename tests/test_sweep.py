@@ -129,10 +129,10 @@ def test_the_table_has_means_spreads_and_gains_paired_by_seed(here: Path, capsys
     for name, top1 in {"raw-seed3": [80, 70], "raw-seed5": [82, 84], "beta-4-seed3": [79, 83]}.items():
         run_in(folder / f"irnet_resnet20-{name}", [float(t) for t in top1])
     raw, rep = sweeps.read(folder).rows
-    assert raw.best == sweeps.Spread(82.0, pytest.approx(8**0.5), 2)  # 80 and 84
-    assert raw.last == sweeps.Spread(77.0, pytest.approx(98**0.5), 2)
-    assert rep.best == sweeps.Spread(83.0, None, 1)
-    assert rep.gain == sweeps.Spread(3.0, None, 1)  # of seed 3 alone: 83 − 80; the means would give 1
+    assert raw.best == sweeps.OverSeeds(82.0, pytest.approx(8**0.5), 2)  # 80 and 84
+    assert raw.last == sweeps.OverSeeds(77.0, pytest.approx(98**0.5), 2)
+    assert rep.best == sweeps.OverSeeds(83.0, None, 1)
+    assert rep.gain == sweeps.OverSeeds(3.0, None, 1)  # of seed 3 alone: 83 − 80; the means would give 1
     assert (raw.published, raw.published_gain) == (86.50, None)
     assert rep.published == 88.07
     assert rep.published_gain == pytest.approx(1.57)

@@ -12,7 +12,7 @@ from repbnn_cli.report import charts
 from repbnn_cli.report.document import Block, Code, Document, Figures, Folded, Items, Line, Listing, Section, Table
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.trained import points
-from repbnn_cli.sweeps import Row, Spread, Sweep
+from repbnn_cli.sweeps import OverSeeds, Row, Sweep
 
 COLUMNS = ("runs", "epochs", "best top-1", "last top-1", "gain", "paper", "paper's gain")
 
@@ -47,7 +47,7 @@ def figures(row: Row) -> dict[str, str]:
     """A row of the table by column, after network and variant."""
     texts = (
         f"{len(row.finished)}/{row.seeds}", ", ".join(map(str, row.epochs)) or "–",
-        _spread(row.best), _spread(row.last), _spread(row.gain, sign="+"),
+        _over_seeds(row.best), _over_seeds(row.last), _over_seeds(row.gain, sign="+"),
         _number(row.published), _number(row.published_gain, sign="+"),
     )  # fmt: skip
     return dict(zip(COLUMNS, texts, strict=True))
@@ -131,7 +131,7 @@ def _gains(sweep: Sweep) -> Iterator[Block]:
     yield Figures([charts.gains("gains", title, bars, "points")], wide=True)
 
 
-def _bar(gain: Spread | None) -> tuple[float | None, float | None]:
+def _bar(gain: OverSeeds | None) -> tuple[float | None, float | None]:
     return (None, None) if gain is None else (gain.mean, gain.deviation)
 
 
@@ -144,7 +144,7 @@ def _runs(sweep: Sweep) -> Table:
     return Table(("run", "state", "seed", "epochs", "best top-1", "at epoch"), rows, left=2)
 
 
-def _spread(value: Spread | None, sign: str = "") -> str:
+def _over_seeds(value: OverSeeds | None, sign: str = "") -> str:
     if value is None:
         return "–"
     spread = "" if value.deviation is None else f" ± {value.deviation:.2f}"
