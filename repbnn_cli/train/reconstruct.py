@@ -237,8 +237,8 @@ class _Fitting:
     @torch.no_grad()
     def _centre(self, unit: list[fx.Node], wanted: list[Tensor]) -> None:
         """Moves the BatchNorm's shifts by what the unit's values miss in the mean."""
-        module = fetch(self.rep, str(unit[1].target)) if len(unit) > 1 and unit[1].op == "call_module" else None
-        if isinstance(module, _BatchNorm) and module.bias is not None:
+        module = self._norm(unit)
+        if module is not None:
             missing = torch.cat([wanted[i] - self._end(unit, i) for i in range(min(_FEW, self.chunks))])
             module.bias.add_(missing.mean(_all_but_channels(missing)))
 
@@ -265,14 +265,18 @@ class _Fitting:
         result: Tensor = local[unit[-1]]
         return result
 
+    def _norm(self, unit: list[fx.Node]) -> _BatchNorm | None:
+        """The BatchNorm right behind the convolution, where it has scale and shift."""
+        module = fetch(self.rep, str(unit[1].target)) if len(unit) > 1 and unit[1].op == "call_module" else None
+        return module if isinstance(module, _BatchNorm) and module.affine else None
+
     @torch.no_grad()
     def _start_norms(self, unit: list[fx.Node]) -> None:
         """Scale and shift of the BatchNorm behind the convolution by least squares, each copy for its own channel."""
-        norm = unit[1] if len(unit) > 1 and unit[1].op == "call_module" else None
-        module = None if norm is None else fetch(self.rep, str(norm.target))
-        if norm is None or not isinstance(module, _BatchNorm) or module.weight is None or not self._known(norm):
+        module = self._norm(unit)
+        if module is None or not self._known(unit[1]):
             return
-        wanted = torch.cat(self._wanted(norm, _FEW))
+        wanted = torch.cat(self._wanted(unit[1], _FEW))
         module.weight.fill_(1.0)
         module.bias.zero_()
         given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(_FEW, self.chunks))])
