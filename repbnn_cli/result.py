@@ -190,6 +190,9 @@ def newest(folder: str | os.PathLike[str] = "checkpoints") -> Path:
 def source_model(path: Path, origin: Origin, model: ModelSource | None) -> nn.Module:
     """The source network of a file, without its weights; the user's own needs `model`, which names its code."""
     if origin.arch is not None:
+        if model is not None:
+            raise UsageError(f"{path}: is of {origin.arch}, a network of the zoo, which no other code builds; "
+                             "leave the model out")  # fmt: skip
         return source.from_origin(origin)
     if model is None:
         raise UsageError(

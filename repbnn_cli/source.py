@@ -175,6 +175,11 @@ def capture(model: nn.Module, origin: Origin, rules: RuleSet | None = None) -> g
         return graph.capture(model, origin.input_shape, leaf=leaf, shapes_only=known)
 
 
+def check_declared(model: nn.Module, rules: RuleSet) -> None:
+    """Raises RulesError where an entry of a rule file's modules matches none of the network's."""
+    rules.check_declared((), [(path, type_names(m)) for path, m in model.named_modules() if path])
+
+
 def parse_args(text: str | None) -> dict[str, Any]:
     """`--model-args`: a JSON object."""
     if not text:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from repbnn_cli import runs
+from repbnn_cli import runs, streams
 from repbnn_cli.number_text import compact_shape
 from repbnn_cli.plan import PlanRow
 
@@ -33,7 +35,7 @@ _ACTIONS = {
 
 def console(*, error: bool = False) -> Console:
     """Standard output for results, standard error for messages; plain and 80 columns wide when not a terminal."""
-    stream = sys.stderr if error else sys.stdout
+    stream = sys.stderr if error else streams.results()
     width = None if stream.isatty() else 80
     return Console(file=stream, highlight=False, markup=False, width=width)
 
@@ -51,19 +53,40 @@ def own_code(model: str | None) -> str:
     return "" if model is None else f" --model {shlex.quote(model)}"
 
 
+def left_out_lines(place: str | Path, payload: Mapping[str, Any]) -> list[str]:
+    """What a result's file has no room for, for whoever reads on."""
+    if Path(place).suffix != ".safetensors" or not payload.get("source_tensors"):
+        return []
+    return [f"note: {place} holds no source network, as with --slim: nothing can be fitted to it or learn from it"]
+
+
 def json_text(value: Any) -> str:
-    """JSON for people and programs."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    """JSON for people and programs; a number that is not finite, which JSON has no form for, is null."""
+    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_json(value: Any) -> None:
     """JSON on stdout, and nothing else there."""
-    print(json_text(value))
+    print(json_text(value), file=streams.results())
+
+
+def print_text(text: str) -> None:
+    """A text on stdout, as it is, with a line's end."""
+    print(text, end="" if text.endswith("\n") else "\n", file=streams.results())
 
 
 def rendered(renderable: RenderableType, width: int) -> str:
     """A table as text of a given width, with colours only on a terminal."""
-    target = Console(file=io.StringIO(), width=width, highlight=False, markup=False, force_terminal=sys.stdout.isatty())
+    colours = streams.results().isatty()
+    target = Console(file=io.StringIO(), width=width, highlight=False, markup=False, force_terminal=colours)
     with target.capture() as capture:
         target.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.models import CommandInfo
 
 import repbnn_cli
-from repbnn_cli import runs
+from repbnn_cli import runs, streams
 from repbnn_cli.cli import (  # noqa: F401 — importing them registers their commands
     advice,
     costs,
@@ -54,7 +56,8 @@ def run(arguments: list[str]) -> int:
     """Runs the command line; the exit code. Errors become one line on stderr."""
     debug = "--debug" in arguments
     try:
-        result = app([a for a in arguments if a != "--debug"], prog_name="repbnn", standalone_mode=False)
+        command = _with_clean_output(typer.main.get_command(app))
+        result = command([a for a in arguments if a != "--debug"], prog_name="repbnn", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BrokenPipeError:  # `repbnn zoo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +69,25 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         return _explain(error, debug)
+
+
+def _with_clean_output(command: Any) -> Any:
+    """The command, or each one of a group, with standard output for its results alone; help is none of that."""
+    parts = getattr(command, "commands", None)
+    if parts is None:
+        command.callback = _cleanly(command.callback)
+    for part in (parts or {}).values():
+        _with_clean_output(part)
+    return command
+
+
+def _cleanly(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(callback)
+    def called(*arguments: Any, **named: Any) -> Any:
+        with streams.for_results_alone():
+            return callback(*arguments, **named)
+
+    return called
 
 
 def _explain(error: BaseException, debug: bool) -> int:

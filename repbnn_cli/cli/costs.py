@@ -8,12 +8,12 @@ import typer
 
 from repbnn_cli.cli.options import (
     Arch,
-    Backend,
-    Device,
     Force,
     InputSize,
     Json,
     Key,
+    LatencyBackend,
+    LatencyDevice,
     Model,
     ModelArgs,
     Unsafe,
@@ -34,7 +34,10 @@ def profile(
     input_size: InputSize = None,
     per_layer: Annotated[bool, typer.Option("--layers", help="One row per layer as well as the totals.")] = False,
     sort: Annotated[
-        str | None, typer.Option("--sort", help="Order of the layers: ops, flops, bops, parameters, packed.")
+        str | None,
+        typer.Option(
+            "--sort", help="Order of the layers: ops, flops, bops, other, macs, parameters, packed, latent, path."
+        ),
     ] = None,
     depth: Annotated[int | None, typer.Option("--depth", help="Sum layers up to this depth of their path.")] = None,
     as_json: Json = False,
@@ -52,9 +55,11 @@ def profile(
     latency: Annotated[
         bool, typer.Option("--latency", help="Time per batch instead, measured here, before and after.")
     ] = False,
-    batch: Annotated[str, typer.Option("--batch", help="Batch sizes of --latency.")] = "1,8,128",
-    device: Device = "auto",
-    backend: Backend = "auto",
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="Batch sizes of --latency; 1,8,128 if not given.")
+    ] = None,
+    device: LatencyDevice = None,
+    backend: LatencyBackend = None,
     key: Key = None,
     unsafe_load: Unsafe = False,
     verbose: Verbose = False,
@@ -74,14 +79,19 @@ def profile(
     if latency:
         from repbnn_cli.commands import deploy
 
+        given: dict[str, object] = {
+            "--layers": per_layer, "--sort": sort, "--depth": depth, "--csv": as_csv, "--markdown": markdown,
+            "--cross-check": cross_check, "--max-ops": max_ops, "--verbose": verbose,
+        }  # fmt: skip
         deploy.timings(
-            target, batch=batch, device=device, backend=backend, output=output, force=force, as_json=as_json,
-            others=bool(per_layer or sort or depth or as_csv or markdown or cross_check or max_ops), arch=arch,
-            model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe_load,
+            target, batch=batch or "1,8,128", device=device or "auto", backend=backend or "auto", output=output,
+            force=force, as_json=as_json, others=[n for n, v in given.items() if v is not None and v is not False],
+            arch=arch, model=model, model_args=model_args, input_size=input_size, key=key, unsafe=unsafe_load,
         )  # fmt: skip
         return
     from repbnn_cli.commands import costs as commands
 
+    commands.check_counts_only({"--batch": batch, "--device": device, "--backend": backend})
     commands.profile(
         target, arch=arch, model=model, model_args=model_args, input_size=input_size, per_layer=per_layer, sort=sort,
         depth=depth, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force, key=key,

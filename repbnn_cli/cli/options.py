@@ -21,6 +21,8 @@ app.add_typer(rules_app, name="rules")
 recipes_app = typer.Typer(help="The training recipes: list, show, check.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
+LAST_SEED = 2**31 - 1
+
 Arch = Annotated[str | None, typer.Option("--arch", help="Zoo name of the network, where several fit (`repbnn zoo`).")]
 Model = Annotated[
     str | None, typer.Option("--model", help="Your own network: path/to/file.py:callable or package.module:callable.")
@@ -44,8 +46,10 @@ Data = Annotated[
     typer.Option("--data", help="cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR (or an archive), digits."),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
-Backend = Annotated[
-    str, typer.Option("--backend", help="Kernels of binary convolutions: torch, triton (fused blocks), or auto.")
+LatencyDevice = Annotated[str | None, typer.Option("--device", help="Of --latency: cpu, cuda, cuda:1, ..., auto.")]
+LatencyBackend = Annotated[
+    str | None,
+    typer.Option("--backend", help="Of --latency: kernels of binary convolutions: torch, triton (fused blocks), auto."),
 ]
 EvaluationBackend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, int8 (CPU), triton (fused), or auto.")

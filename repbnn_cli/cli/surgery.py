@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from repbnn_cli.cli.options import (
+    LAST_SEED,
     Arch,
     Force,
     InputSize,
@@ -57,7 +58,9 @@ def transform(
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, change and write nothing.")] = False,
     force: Force = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of fresh values: a zoo name's, and --inherit none's.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of fresh values: a zoo name's, and --inherit none's.")
+    ] = 0,
     key: Key = None,
     unsafe_load: Unsafe = False,
     verbose: Verbose = False,

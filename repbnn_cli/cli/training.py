@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from repbnn_cli.cli.options import (
+    LAST_SEED,
     Arch,
     Data,
     Device,
@@ -41,10 +42,10 @@ def finetune(
     ] = None,
     data: Data = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Recipe file or shipped name (`repbnn recipes`).")
+        str | None, typer.Option("--recipe", help="Recipe file or shipped name (`repbnn recipes list`).")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Length of every stage instead of the recipe's.")
+        int | None, typer.Option("--epochs", min=1, help="Length of every stage instead of the recipe's.")
     ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the recipe, e.g. optimizer.lr=0.05.")
@@ -52,14 +53,18 @@ def finetune(
     stages: Annotated[
         list[str] | None, typer.Option("--stage", help="Only this stage of the recipe; may be given several times.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of initialisation, shuffling and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of initialisation, shuffling and augmentation.")
+    ] = 0,
     device: Device = "auto",
     run_dir: Annotated[str | None, typer.Option("--run-dir", help="Folder of the run; runs/NAME-RECIPE-seedN.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder, exactly.")] = False,
     distill: Annotated[
-        float,
-        typer.Option("--distill", help="Weight of learning from the source network, or from --teacher: 0 to 1."),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--distill", min=0, max=1, help="Weight of learning from the source network, or from --teacher: 0 to 1."
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Checkpoint of a float network to learn from.")
     ] = None,
@@ -70,10 +75,14 @@ def finetune(
         str | None, typer.Option("--teacher-model", help="Your own teacher: file.py:callable or module:callable.")
     ] = None,
     calibrate: Annotated[
-        int, typer.Option("--calibrate", help="Batches for BatchNorm statistics before inherited weights are trained.")
+        int,
+        typer.Option(
+            "--calibrate", min=0, help="Batches for BatchNorm statistics before inherited weights are trained."
+        ),
     ] = 50,
     fit: Annotated[
-        int, typer.Option("--fit", help="Steps per convolution that first fit inherited weights to their source.")
+        int,
+        typer.Option("--fit", min=0, help="Steps per convolution that first fit inherited weights to their source."),
     ] = 200,
     spread: Spread = 0.0,
     arch: Arch = None,
@@ -82,9 +91,13 @@ def finetune(
     input_size: InputSize = None,
     key: Key = None,
     unsafe: Unsafe = False,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between states within an epoch, 0: none.")] = 0,
-    eval_batch: Annotated[int, typer.Option("--eval-batch", help="Test images at a time; changes no result.")] = 500,
-    workers: Annotated[int, typer.Option("--workers", help="Processes that decode images from folders.")] = 2,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=0, help="Steps between states within an epoch, 0: none.")
+    ] = 0,
+    eval_batch: Annotated[
+        int, typer.Option("--eval-batch", min=1, help="Test images at a time; changes no result.")
+    ] = 500,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images from folders.")] = 2,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU: a step as one recorded graph.")
     ] = True,
@@ -130,10 +143,12 @@ def finetune(
 def sweep(
     experiment: Annotated[str, typer.Argument(help="Experiment file: networks × variants × seeds (experiments/).")],
     data: Annotated[str | None, typer.Option("--data", help="Instead of the file's, e.g. cifar10:DIR.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Of every cell, instead of the file's.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Of every cell, instead of the file's.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key of every cell's recipe.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder; runs/NAME if not given.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Cells at a time; they share a GPU, or the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Cells at a time; they share a GPU, or the cores.")
+    ] = 1,
     device: Annotated[str | None, typer.Option("--device", help="Handed to `finetune`.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands of all cells, run nothing.")] = False,
     as_json: Json = False,
@@ -164,9 +179,11 @@ def calibrate_command(
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Training batches for the statistics.")] = 50,
     fit: Annotated[
-        int, typer.Option("--fit", help="Steps per convolution that fit it to the source network's; 0: none.")
+        int, typer.Option("--fit", min=0, help="Steps per convolution that fit it to the source network's; 0: none.")
     ] = 200,
-    spread: Spread = 0.0,
+    spread: Annotated[
+        float, typer.Option("--spread", min=0, help="Targets of replicas ±SPREAD standard deviations apart in the fit.")
+    ] = 0.0,
     images: Annotated[
         int, typer.Option("--images", min=1, help="Training images to fit on, as far as memory allows.")
     ] = 2048,

@@ -28,7 +28,7 @@ def explain(target: str | None, path: str | None, *, model: str | None, as_json:
     options = payload["options"]
     if as_json:
         head = {"network": opened.origin.name, "rules": payload["rules_name"], "options": options}
-        kind = "module" if isinstance(told, Story) else "network"
+        kind = "module" if isinstance(told, Story) else "whole"
         views.print_json(head | {kind: told.as_plain()})
         return
     views.console().print(

@@ -17,6 +17,12 @@ from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 
 
+def check_counts_only(of_latency: Mapping[str, str | None]) -> None:
+    """Options of --latency without it: counts do not depend on them."""
+    if given := [name for name, value in of_latency.items() if value is not None]:
+        raise UsageError(f"{', '.join(given)}: are for --latency, which measures time; counts do not depend on them")
+
+
 def profile(
     target: str | None, *, arch: str | None, model: str | None, model_args: str | None, input_size: str | None,
     per_layer: bool, sort: str | None, depth: int | None, as_json: bool, as_csv: bool, markdown: bool,
@@ -104,7 +110,10 @@ def compare(
     """Any number of networks side by side."""
     _one_format(as_json, as_csv, markdown)
     targets.check_output(output, force=force)
-    entries = [entry(targets.examined(name, model=model if Path(name).exists() else None)) for name in names]
+    looked = [targets.examined_beside(name, model) for name in names]
+    if model is not None and not any(found.origin.model for found in looked):
+        raise UsageError(f"--model {model}: builds none of {', '.join(names)}, which the zoo knows; leave --model out")
+    entries = [entry(found) for found in looked]
     shared = Counter(e.target for e in entries)  # se.pt and out/se.pt need their folders to be told apart
     entries = [replace(e, target=n) if shared[e.target] > 1 else e for e, n in zip(entries, names, strict=True)]
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,13 @@ def export_packed(
 ) -> None:
     """Writes a network as a packed file, once it was read back and predicts the same."""
     path = targets.result_or_newest(target)
-    if not Path(path).is_file() and origin.get("model") is None:
-        targets.zoo_network(path, None)  # says when it is no name either
+    if targets.is_zoo_name(path):
         raise UsageError(f"{path}: a zoo name has no trained weights to export; name a checkpoint or a result")
-    place = Path(output) if output else Path(path).with_name(Path(path).name.split(".")[0] + ".packed")
-    checkpoint.check_output(place, force=force)
     found = targets.examined(path, **origin)
     if found.packed is not None:
         raise UsageError(f"{path}: is a packed network already; export the result that it came from")
+    place = Path(output) if output else Path(path).with_name(Path(path).name.split(".")[0] + ".packed")
+    checkpoint.check_output(place, force=force)
     made = packed.pack(
         found.network, found.layers, found.origin, rules=found.opened.plan.rules if found.opened else None,
         about=_about(found), zeros_as_plus=zeros_as_plus,
@@ -56,15 +56,18 @@ def export_packed(
 
 
 def timings(
-    target: str | None, *, batch: str, device: str, backend: str, others: bool, output: str | None, force: bool,
-    as_json: bool, **origin: Any,
+    target: str | None, *, batch: str, device: str, backend: str, others: Sequence[str], output: str | None,
+    force: bool, as_json: bool, **origin: Any,
 ) -> None:  # fmt: skip
     """Latency of a network, or of both sides of a result, fused as well where a backend for that was chosen.
 
     others: whether options of the other profile were given.
     """
     if others:
-        raise UsageError("--latency measures time and knows --batch, --device, --backend, --json and --output only")
+        raise UsageError(
+            f"{', '.join(others)}: --latency measures time and knows --batch, --device, --backend, --json and --output "
+            "only"
+        )
     targets.check_output(output, force=force)
     batches = _batches(batch)
     place = pupils.device_of(device)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from repbnn_cli import checkpoint, identify, kernel_views, result, views
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed, zeros
 from repbnn_cli.errors import CheckpointError
+from repbnn_cli.source import Origin
 
 
 def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_json: bool) -> None:
     """What is in a file, and which network it belongs to; exit code 3 when it fits none."""
     file = checkpoint.load(path, key=key, unsafe=unsafe)
     if packed.is_packed(file):
-        _inspect_packed(file, as_json=as_json)
+        header = packed.read(file.path).header
+        targets.check_agrees(f"{path} is a packed network", Origin.from_plain(header["source"]), arch=arch, key=key)
+        _inspect_packed(file, header, as_json=as_json)
         return
     stored = result.payload_in(file)
+    if stored is not None:
+        targets.check_agrees(f"{path} is a result", Origin.from_plain(stored["source"]), arch=arch, key=key)
     found: identify.Identified | None = None
     problem: CheckpointError | None = None
     if stored is None:
@@ -25,6 +30,10 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
             found = identify.resolve(file, arch)
         except CheckpointError as error:
             problem = error
+    try:
+        counted = _zeros(file, stored, found, key=key, unsafe=unsafe)
+    except CheckpointError as error:  # weights that are not finite have no signs
+        problem, counted = problem or error, zeros.in_tensors(file.tensors)
     accuracy = file.accuracy
     values = {
         "file": str(file.path),
@@ -46,7 +55,7 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         "result of transform": {k: stored[k] for k in ("options", "rules_name", "certificate", "source")}
         if stored
         else None,
-        "kernel zeros": kernel_views.plain_zeros(_zeros(file, stored, found, key=key, unsafe=unsafe)),
+        "kernel zeros": kernel_views.plain_zeros(counted),
     }
     if as_json:
         views.print_json(values | {"problem": str(problem) if problem else None})
@@ -69,8 +78,7 @@ def _zeros(
     return zeros.in_kernels(examined.network, examined.layers)
 
 
-def _inspect_packed(file: checkpoint.Checkpoint, *, as_json: bool) -> None:
-    header = packed.read(file.path).header
+def _inspect_packed(file: checkpoint.Checkpoint, header: Mapping[str, Any], *, as_json: bool) -> None:
     values = {"file": str(file.path), "sha256": file.sha256, "bytes": file.size_bytes, "format": "packed network",
               "version": header["version"], "network": header["source"]["arch"] or header["source"]["model"],
               "options": header["options"], "exported from": header.get("file"), "kernels": len(header["kernels"]),

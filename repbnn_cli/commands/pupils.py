@@ -14,7 +14,7 @@ from repbnn_cli import checkpoint, result, runs, shapes, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed
-from repbnn_cli.errors import UsageError
+from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.source import Origin
@@ -108,11 +108,9 @@ def load(
         target = str(result.newest())
         views.say(f"newest result: {target}")
     path = Path(target)
-    if not path.exists():
-        if target not in registry.ARCHS:
-            targets.zoo_network(target, None)  # says that there is no such file, or which names are near
-        origin = Origin(target, None, {}, None, (registry.ARCHS[target].input_shape,))
-        targets.check_zoo_agrees(origin, **said, key=key)
+    if targets.is_zoo_name(target):
+        origin = origin_in_zoo(target)
+        targets.check_zoo_agrees(origin, **said, key=key, model=model)
         return Pupil(target, registry.build(target), origin, target=target)
     name = _name(path)
     file = checkpoint.load(path, key=key, unsafe=unsafe)
@@ -136,6 +134,11 @@ def load(
                  source_top1=file.accuracy.percent if file.accuracy else None)  # fmt: skip
 
 
+def origin_in_zoo(name: str) -> Origin:
+    """Of a network of the zoo as it is for its own data."""
+    return Origin(name, None, {}, None, (registry.ARCHS[name].input_shape,))
+
+
 def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
     """The data named, else CIFAR-10 where the network is made for it."""
     if spec is None and origin.arch and registry.ARCHS[origin.arch].data == "CIFAR-10":
@@ -157,7 +160,7 @@ def recipe_of(pupil: Pupil, named: str | None) -> Recipe:
 
 
 def teacher_of(
-    pupil: Pupil, recipe: Recipe, *, file: str | None, arch: str | None, model: str | None, distill: float
+    pupil: Pupil, recipe: Recipe, *, file: str | None, arch: str | None, model: str | None, distill: float | None
 ) -> nn.Module | None:
     """The network to distil from: that of a file, else the source network in a result where `distill` asks for it."""
     if file is None:
@@ -174,21 +177,30 @@ def teacher_of(
         return pupil.opened.network.module
     if not any(stage.distillation.weight for stage in recipe.stages):
         raise UsageError(f"--teacher {file}: recipe {recipe.name} learns from no teacher; add --distill WEIGHT, 0 to 1")
-    if not Path(file).exists():
+    if not Path(file).is_file():
         raise UsageError(f"--teacher {file}: no such file; name a checkpoint with trained weights")
-    return load(file, arch=arch, model=model).network
+    try:
+        return load(file, arch=arch, model=model).network
+    except (CheckpointError, UsageError) as error:
+        error.add_note("this is the teacher: --teacher-arch and --teacher-model say what is in its file")
+        raise
 
 
 def device_of(name: str) -> torch.device:
     """`--device`: auto is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "expected auto, cpu or cuda (cuda:1 for the second GPU)"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: expected auto, cpu or cuda (cuda:1 for the second GPU)") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: PyTorch {torch.__version__} sees no GPU here; use --device cpu")
+        raise UsageError(f"--device {name}: {expected}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: nothing here was made for it; {expected}")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= there:
+        seen = f"{there} GPU{'s' * (there > 1)}" if there else "no GPU"
+        raise UsageError(f"--device {name}: PyTorch {torch.__version__} sees {seen} here; use --device cpu")
     return device
 
 

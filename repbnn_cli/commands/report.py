@@ -77,6 +77,9 @@ def _of_result(
     """The report of a result with its runs, or of runs alone."""
     path, records = _subject(target, run_folders)
     if path is None:
+        beside = {"--images": images, "--layer": layer, "--timestamp": timestamp, "--model": model}
+        if unplaced := [*others, *(name for name, value in beside.items() if value)]:
+            raise UsageError(f"{unplaced[0]}: a report of runs alone, without a RepBNN, has no place for it")
         title = records[0].path.name if len(records) == 1 else f"{len(records)} training runs"
         return room.runs_document(records, title), {"runs": room.runs_as_list(records)}
     opened = result.open_result(path, model)
@@ -202,7 +205,7 @@ def _standings(others: Sequence[str], opened: result.Result, model: str | None) 
     found = []
     data = _data(opened.origin.arch)
     for other in others:
-        looked = targets.examined(other, model=model)
+        looked = targets.examined_beside(other, model)
         if data and (theirs := _data(looked.origin.arch)) not in (data, None):
             views.say(f"note: {other} is for {theirs}, not {data}: left out of the landscape")
             continue

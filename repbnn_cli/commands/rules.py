@@ -27,7 +27,7 @@ def rules_list(*, as_json: bool) -> None:
 def rules_show(name: str, *, resolved: bool) -> None:
     """A rule file's text, as written or resolved."""
     rule_set = rulebook.load(name)
-    print(rule_set.text if resolved else rule_files.find(name, None).text, end="")
+    views.print_text(rule_set.text if resolved else rule_files.find(name, None).text)
 
 
 def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
@@ -36,6 +36,7 @@ def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
     claims: dict[str, list[str]] = {rule.name: [] for rule in rule_set.rules}
     if network is not None:
         src = targets.named_network(network)
+        source.check_declared(src.model, rule_set)
         captured = source.capture(src.model, src.origin, rule_set)
         assigned = rule_set.assign(surgery.subjects(captured, recognize(captured, rule_set.declare)))
         for path, rule in assigned.items():
@@ -68,7 +69,7 @@ def rules_init(
     src = targets.network_of(network, input_size=input_size, **origin)
     found = drafts.draft(src, base, rule_set)
     if as_json:
-        views.print_json(found.as_plain())
+        targets.deliver(views.json_text(found.as_plain()), output, force=force)
         return
     title = f"What `repbnn rules init {network}` found out about {src.origin.name} ({src.reason})."
     targets.deliver(found.text(title), output, force=force)

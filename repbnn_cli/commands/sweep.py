@@ -17,10 +17,13 @@ from typing import Any
 
 from rich.table import Table
 
-from repbnn_cli import experiments, report, runs, sweeps, views
-from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
+from repbnn_cli import experiments, report, runs, sweeps, views, zoo
+from repbnn_cli.commands import pupils
+from repbnn_cli.errors import RepbnnError, StoppedError
 from repbnn_cli.experiments import Cell, Experiment
 from repbnn_cli.sweeps import Budget, Sweep
+from repbnn_cli.train import recipes
+from repbnn_cli.train.data import check_spec
 
 COMMAND = (sys.executable, "-m", "repbnn_cli")
 
@@ -30,16 +33,17 @@ def sweep(
     dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Every cell that is not finished; then the table of what there is."""
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}: expected 1 or more")
     experiment = experiments.load(file)
-    if epochs is not None and epochs < 1:
-        raise UsageError(f"--epochs {epochs}: expected 1 or more")
     budget = Budget(data or experiment.file.data, epochs or experiment.file.epochs, tuple(sets))
     folder = Path(out) if out else Path("runs") / experiment.name
+    _check(experiment, budget, device)
     if dry_run:
-        for cell in experiment.cells:
-            print("\n".join(shlex.join(("repbnn", *step)) for step in _steps(experiment, cell, budget, folder, device)))
+        steps = {cell.name: [shlex.join(("repbnn", *step)) for step in _steps(experiment, cell, budget, folder, device)]
+                 for cell in experiment.cells}  # fmt: skip
+        if as_json:
+            views.print_json({"cells": [{"name": name, "commands": commands} for name, commands in steps.items()]})
+        else:
+            views.print_text("\n".join(line for commands in steps.values() for line in commands))
         return
     sweeps.begin(folder, experiment, budget)
     failed = _run_all(experiment, budget, folder, jobs, device)
@@ -52,6 +56,23 @@ def sweep(
     if failed:
         logs = ", ".join(str(folder / sweeps.LOGS / f"{name}.log") for name in failed)
         raise RepbnnError(f"{len(failed)} of {len(experiment.cells)} cells failed; see {logs}")
+
+
+def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
+    """What every cell would fail by, before a folder is claimed for them. Recipes of checkpoints are known once these
+    are read, by their cells."""
+    if device is not None:
+        pupils.device_of(device)
+    check_spec(budget.data)
+    made = experiment.file
+    for network in made.networks:
+        if made.recipe is None and network not in zoo.ARCHS:
+            continue
+        recipe = recipes.load(made.recipe, network if network in zoo.ARCHS else None) if made.recipe else (
+            recipes.for_network(pupils.origin_in_zoo(network))
+        )  # fmt: skip
+        for variant in made.variants.values():
+            recipes.override(recipe, (*variant.set, *budget.sets))
 
 
 def _table(read: Sweep) -> Table:

@@ -13,7 +13,7 @@ from repbnn_cli import checkpoint, result, shapes, source, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import zoo as registry
 from repbnn_cli.deploy import packed
-from repbnn_cli.errors import CheckpointError, UsageError
+from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
@@ -32,16 +32,24 @@ def result_or_newest(target: str | None) -> str:
     return str(found)
 
 
+def is_zoo_name(target: str) -> bool:
+    """Whether a network of the zoo is meant: its name, where no file is called so. An error for what is neither."""
+    if target in registry.ARCHS:
+        return not Path(target).is_file()
+    if Path(target).exists():
+        return False
+    if "/" in target or "." in target:
+        raise CheckpointError(f"{target}: no such file; name a checkpoint, a result, or a network (`repbnn zoo`)")
+    registry.build(target)  # raises, with the nearest names
+    return True
+
+
 def is_result(path: str) -> bool:
     return Path(path).is_file() and result.is_result(path)
 
 
 def zoo_network(name: str, input_size: str | None) -> Source:
-    """A zoo network without trained weights; a name that is neither file nor network gets the nearest names."""
-    if name not in registry.ARCHS:
-        if "/" in name or "." in name:
-            raise CheckpointError(f"{name}: no such file; name a checkpoint, a result, or a network (`repbnn zoo`)")
-        registry.build(name)
+    """A zoo network without trained weights."""
     shape = source.parse_input_size(input_size) if input_size else (registry.ARCHS[name].input_shape,)
     origin = source.Origin(name, None, {}, None, shape)
     return Source(source.from_origin(origin), origin, reason="from the zoo, without trained weights")
@@ -78,7 +86,7 @@ def examined(
     """The network of a result, a checkpoint, a packed file, or a zoo name. values: a zoo network gets fresh weights
     instead of zeros, so that it can be run; rules: a rule file that says what some of its modules are."""
     said = {"arch": arch, "model_args": model_args, "input_size": input_size}
-    if Path(target).exists() or model is not None:
+    if not is_zoo_name(target):
         file = checkpoint.load(target, key=key, unsafe=unsafe)
         if packed.is_packed(file):
             again = packed.open_packed(target, model)
@@ -93,15 +101,30 @@ def examined(
         say_choice(src, key)
     else:
         src = zoo_network(target, input_size)
-        check_zoo_agrees(src.origin, **said, key=key)
+        check_zoo_agrees(src.origin, **said, key=key, model=model)
         if values:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 src = replace(src, model=registry.build(target).eval())
     declared = rulebook.load(rules) if rules else None
+    if declared is not None:
+        source.check_declared(src.model, declared)
     network = source.capture(src.model, src.origin, declared)
     layers = recognize(network, declared.declare if declared else None)
     return Examined(target, network, layers, src.origin, trained=src.file is not None, file=src.file)
+
+
+def examined_beside(name: str, model: str | None) -> Examined:
+    """One of several networks, of which `model` builds those that the zoo does not know."""
+    if model is None or is_zoo_name(name):
+        return examined(name)
+    try:
+        return examined(name, model=model)
+    except (CheckpointError, UsageError) as error:
+        try:
+            return examined(name)
+        except RepbnnError:
+            raise error from None
 
 
 def check_agrees(
@@ -127,6 +150,8 @@ def check_agrees(
 
 def check_zoo_agrees(origin: Origin, **said: Any) -> None:
     """`check_agrees` for a name of the zoo."""
+    if said.get("model") is not None:
+        raise UsageError(f"--model {said['model']}: {origin.arch} is a network of the zoo; leave --model out")
     told = {name: said.get(name) for name in ("arch", "model_args", "input_size", "key")}
     check_agrees(f"{origin.arch} is a network of the zoo", origin, **told)
 
@@ -147,7 +172,7 @@ def check_output(output: str | Path | None, *, force: bool) -> None:
 def deliver(text: str, output: str | None, *, force: bool) -> None:
     """To stdout, or atomically into a file."""
     if output is None:
-        print(text, end="" if text.endswith("\n") else "\n")
+        views.print_text(text)
         return
     checkpoint.atomic_write_text(output, text if text.endswith("\n") else text + "\n", force=force)
     views.say(f"wrote {output}")
@@ -155,12 +180,12 @@ def deliver(text: str, output: str | None, *, force: bool) -> None:
 
 def named_network(name: str) -> Source:
     """A checkpoint's network with its weights, or a zoo network without."""
-    return source.from_checkpoint(name) if Path(name).exists() else zoo_network(name, None)
+    return zoo_network(name, None) if is_zoo_name(name) else source.from_checkpoint(name)
 
 
 def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
     """A checkpoint's network, the user's own if `origin` names his code; or a zoo network without weights."""
-    if Path(name).exists() or origin.get("model"):
+    if not is_zoo_name(name):
         return source.from_checkpoint(name, input_size=input_size, **origin)
     src = zoo_network(name, input_size)
     check_zoo_agrees(src.origin, **origin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, views
-from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
@@ -34,19 +33,24 @@ _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
-    seed: int, device: str, run_dir: str | None, resume: bool, distill: float, teacher: str | None,
+    seed: int, device: str, run_dir: str | None, resume: bool, distill: float | None, teacher: str | None,
     teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, spread: float,
     origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str,
     gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe. origin: see `pupils.load`."""
     targets.check_output(output, force=force)
-    backends.choose(pupils.device_of(device), backend, gradients)  # what cannot run is said before anything is loaded
+    # What cannot run is said before anything is loaded.
+    backends.choose(pupils.device_of(device), backend, gradients)
+    compiled.check_mode(compile_mode)
+    _check_once(sets, {"epochs": epochs, "distillation.weight": distill})
     torch.manual_seed(seed)
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
-    weight = [f"distillation.weight={distill}"] if distill else []
+    if output is not None and Path(output).suffix == ".safetensors" and pupil.opened is None:
+        raise UsageError(f"-o {output}: a network that is no RepBNN is written by torch.save; name it .pth")
+    weight = [f"distillation.weight={distill}"] if distill is not None else []
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=spread)
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
@@ -55,7 +59,7 @@ def finetune(
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
         memory.keep_freed(place)
         running = backends.choose(place, backend, gradients)
-        backends.check(pupil.network, backend)
+        backends.check(pupil.network, backend, gradients)
         views.say(*backends.lines(pupil.network, running, ranks))
         with ranks.first_before_others():
             dataset = pupils.dataset(data, pupil.origin)
@@ -81,6 +85,14 @@ def finetune(
         )  # fmt: skip
     if ranks.first:
         _deliver(pupil, outcome, dataset, output, force=force, as_json=as_json)
+
+
+def _check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None:
+    """A UsageError for a key of the recipe that `--set` and an option of its own both give."""
+    for key, value in options.items():
+        if value is not None and any(change.partition("=")[0].strip() == key for change in sets):
+            option = "--distill" if key == "distillation.weight" else f"--{key}"
+            raise UsageError(f"{option} {value:g} and --set {key}=...: say the same twice; give one of them")
 
 
 def _recipe(
@@ -128,6 +140,7 @@ def _deliver(
     if output is not None:
         payload = torch.load(outcome.best, weights_only=True)
         (result.save if pupil.opened else checkpoint.save)(payload, output, force=force)
+        views.say(*views.left_out_lines(output, payload))
     best = output or str(outcome.best)
     notes = [*dataset.notes, *outcome.notes, *run_views.distance_lines(record.reached)]
     if as_json:
@@ -153,7 +166,7 @@ def evaluate(
     # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
     chosen = choose(where) if backend == "auto" else backends.choose(where, backend)
     pupil = pupils.load(target, **origin)
-    if pupil.opened is None and target in registry.ARCHS:
+    if pupil.fresh:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
     if chosen.name == "int8":
         backends.check(pupil.network, backend)
@@ -175,7 +188,7 @@ def calibrate(
     device: str, output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
-    path = Path(target) if target else result.newest()
+    path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
     if place == path and not force:
         raise UsageError(f"{path}: would be replaced; give --force, or another file with -o")
@@ -203,6 +216,7 @@ def calibrate(
         "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes), "top1": found.top1,
     }  # fmt: skip
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
+    views.say(*views.left_out_lines(place, pupil.opened.payload))
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
     views.say(f"BatchNorm estimated anew on {inherited['calibrated_batches']} batches; wrote {place}")
 
@@ -272,7 +286,7 @@ def recipes_list(*, as_json: bool) -> None:
 
 def recipes_show(name: str) -> None:
     """A recipe, resolved."""
-    print(recipes.load(name).text, end="")
+    views.print_text(recipes.load(name).text)
 
 
 def recipes_check(name: str) -> None:

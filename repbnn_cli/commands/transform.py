@@ -18,7 +18,6 @@ from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.plan import Plan
-from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
 from repbnn_cli.verify import Certificate
@@ -33,7 +32,7 @@ def transform(
     if verify not in ("auto", "full", "quick"):
         raise UsageError(f"--verify {verify}: expected auto, full or quick")
     rule_set = rulebook.load(rules or targets.DEFAULT_RULES)
-    from_zoo = path in registry.ARCHS and not Path(path).exists() and origin["model"] is None
+    from_zoo = path in registry.ARCHS and not Path(path).is_file()
     if from_zoo and inherit is None:
         inherit = "none"  # a network that was never trained has nothing to hand down
     rule_set = rule_set.with_options(beta, inherit, last_layer)
@@ -62,6 +61,7 @@ def transform(
         if output is None:
             target.parent.mkdir(exist_ok=True)
         result.save(payload, target, force=force)
+        views.say(*views.left_out_lines(target, payload))
     _show_transform(src, plan, certificate, target, newest=output is None, as_json=as_json)
     if not certificate.passed:
         failed = ", ".join(c.name for c in certificate.checks if not c.passed)
@@ -71,8 +71,7 @@ def transform(
 def make_plan(src: Source, rules: RuleSet) -> Plan:
     """Capture and plan; declarations of the rule file that match no module are an error."""
     network = source.capture(src.model, src.origin, rules)
-    known = [(path, type_names(m)) for path, m in src.model.named_modules() if path]
-    rules.check_declared((), known)
+    source.check_declared(src.model, rules)
     return surgery.plan(network, rules)
 
 

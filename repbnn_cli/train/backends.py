@@ -133,12 +133,14 @@ def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
     return [f"backend {backend}: {', '.join(parts)}" if parts else "backend torch"]
 
 
-def check(network: nn.Module, requested: str) -> None:
+def check(network: nn.Module, requested: str, gradients: str = "exact") -> None:
     """A UsageError where kernels are asked for that nothing in the network runs on."""
-    if requested in ("int8", "triton") and not _binary_convs(network):
+    asked = f"--backend {requested}" if requested in ("int8", "triton") else ""
+    asked = asked or (f"--gradients {gradients}" if gradients != "exact" else "")
+    if asked and not _binary_convs(network):
         raise UsageError(
-            f"--backend {requested}: the network has no binary convolution of repbnn's own kinds (those of the "
-            "networks in `repbnn zoo`), which alone run on these kernels; use --backend torch"
+            f"{asked}: the network has no binary convolution of repbnn's own kinds (those of the "
+            "networks in `repbnn zoo`), which alone run on these kernels; use --backend torch, with its exact gradients"
         )
 
 

@@ -57,11 +57,16 @@ def inference_of(network: nn.Module, mode: str, example: Tensor, images: int) ->
     return replace(found, call=lambda x: found.call(x) if x.shape == example.shape else network(x))
 
 
+def check_mode(mode: str) -> None:
+    """Raises UsageError for a value that `--compile` has not."""
+    if mode not in MODES:
+        raise UsageError(f"--compile: unknown value '{mode}'; expected one of {', '.join(MODES)}")
+
+
 def _forward(
     network: nn.Module, mode: str, example: Tensor, images: int, *, processes: int, train: bool
 ) -> Forward:  # fmt: skip
-    if mode not in MODES:
-        raise UsageError(f"--compile: unknown value '{mode}'; expected one of {', '.join(MODES)}")
+    check_mode(mode)
     what = "training step" if train else "network"
     reason = _against(mode, example, images, processes)
     if reason is None:

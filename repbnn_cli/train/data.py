@@ -98,6 +98,11 @@ def load(spec: str, *, cache: Path | None = None) -> Dataset:
     return replace(dataset, source=str(path))
 
 
+def check_spec(spec: str) -> None:
+    """Raises UsageError for what no `--data` can be; whether the data is there is not looked at."""
+    _parsed(spec)
+
+
 def _parsed(spec: str) -> tuple[str, Path | None]:
     name, _, path = spec.partition(":")
     if name not in _FORMS:

@@ -102,6 +102,9 @@ class Run:
             return
         # The weights that a run began with are in its state; the caller's only count when there is none yet.
         _check(self._record(), fingerprint, record, [key for key in fingerprint if key != "weights"])
+        # But what is said of them in results has to be true of those that the run began with.
+        known = json.loads((self.path / "environment.json").read_text("utf-8"))
+        _check(known["network"], environment["network"], self.path / "environment.json", ["sha256"])
 
     def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
