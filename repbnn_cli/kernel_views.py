@@ -126,7 +126,7 @@ def packed_facts(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "data", f"{agree} `repbnn profile` predicts (Packed: {facts['predicted']:,})"
     if facts["zeros_made_plus"]:
         yield "zeros", f"{facts['zeros_made_plus']:,} weights with sign 0 became +1"
-    yield "read back", facts["same_predictions"]
+    yield "read back", facts["read_back"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,14 +124,17 @@ def deployed(module: nn.Module, layer: Layer | None, own: Mapping[str, Tensor]) 
     if layer is None or not layer.kernel_shape or layer.weight_bits > MOST_BINARY_BITS or layer.kernel not in own:
         return [Stored(n, "plain", _plain_bytes(t)) for n, t in kept.items()]
     stored = [Stored(layer.kernel, "bits", (own[layer.kernel].numel() * layer.weight_bits + 7) // 8)]
-    training = next((names for kind, names in TRAINING_ONLY.items() if isinstance(module, kind)), frozenset())
-    # Latent copies of the kernel are not deployed; of the rest, what stands on input or output channels is.
-    wanted = (*layer.out_tensors, *layer.in_tensors)
-    stored += [Stored(n, "plain", _plain_bytes(t)) for n, t in kept.items() if n in wanted and n not in training]
+    wanted = {*layer.out_tensors, *layer.in_tensors}
     if isinstance(module, BinaryConv2d):
+        wanted -= next((names for kind, names in TRAINING_ONLY.items() if isinstance(module, kind)), frozenset())
         scaled = isinstance(module, SCALED_BY_KERNEL)
     else:  # a foreign kind: it learns its scales, or is taken to compute one per filter
+        # Its forward may read whatever it has (XNOR-Net++'s scales of rows and columns), but for latent copies of the
+        # kernel, whose place the bits take.
+        size = own[layer.kernel].numel()
+        wanted |= {n for n, t in kept.items() if t.numel() != size}
         scaled = all(n.rpartition(".")[2] == "bias" for n in layer.out_tensors)
+    stored += [Stored(n, "plain", _plain_bytes(t)) for n, t in kept.items() if n in wanted and n != layer.kernel]
     if scaled:
         stored.append(Stored("kernel_scale", "kernel_scale", layer.out_channels * _FLOAT_BYTES))
     return stored

@@ -97,7 +97,7 @@ def test_export_of_half_precision_and_of_a_convolution_that_takes_each_copy_alon
     what = f"own.pt --model tiny.py:{name}"
     assert f"wrote own.pt; next: repbnn profile {what}, repbnn report {what} --markdown\n" in capsys.readouterr().err
     assert run(["export", "packed", "own.pt", *own, "-o", "own.packed"]) == 0
-    assert "4 of 4 images in the same class" in capsys.readouterr().out
+    assert "modules, each on the same inputs: largest relative" in capsys.readouterr().out
 
 
 def test_evaluate_on_triton_says_which_blocks_it_fuses(result: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ _CHECKED_IMAGES = 4
 def export_packed(
     target: str | None, *, output: str | None, zeros_as_plus: bool, force: bool, as_json: bool, **origin: Any
 ) -> None:
-    """Writes a network as a packed file, once it was read back and predicts the same."""
+    """Writes a network as a packed file, once it was read back and computes the same."""
     path = targets.result_or_newest(target)
     if targets.is_zoo_name(path):
         raise UsageError(f"{path}: a zoo name has no trained weights to export; name a checkpoint or a result")
@@ -42,10 +42,10 @@ def export_packed(
     )  # fmt: skip
     predicted = profiler.profile(found.network, found.layers).totals.packed
     again = packed.build(made, place, origin.get("model"))
-    same = _same_predictions(found, again, strict=made.zeros == 0)
+    same = _computes_the_same(found, again, strict=made.zeros == 0)
     header = packed.save(made, place, force=force)
     facts = {"file": str(place), "bytes": header + made.data_bytes, "header": header, "data": made.data_bytes,
-             "predicted": predicted, "zeros_made_plus": made.zeros, "same_predictions": str(same)}  # fmt: skip
+             "predicted": predicted, "zeros_made_plus": made.zeros, "read_back": str(same)}  # fmt: skip
     if as_json:
         views.print_json(facts)
         return
@@ -111,14 +111,13 @@ def _candidates(
     return networks, fused
 
 
-def _same_predictions(found: Examined, again: packed.Opened, *, strict: bool) -> agreement.Agreement:
+def _computes_the_same(found: Examined, again: packed.Opened, *, strict: bool) -> agreement.ModuleAgreement:
     """The packed network beside the one it was made from, on random images; a VerificationError where they differ."""
     generator = torch.Generator().manual_seed(0)
-    (shape,) = found.input_shapes
-    images = torch.randn((_CHECKED_IMAGES, *shape), generator=generator)
-    same = agreement.compare(found.network, fuse(again.network, again.layers, Backend("torch", "to check")), [images])
+    images = [torch.randn((_CHECKED_IMAGES, *shape), generator=generator) for shape in found.input_shapes]
+    same = agreement.compare_modules(found.network, again.network, images)
     if strict and not same.holds:
-        raise VerificationError(f"{found.target}: read back, the packed network predicts something else ({same})")
+        raise VerificationError(f"{found.target}: read back, the packed network computes something else ({same})")
     return same
 
 

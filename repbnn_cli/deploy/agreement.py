@@ -9,23 +9,28 @@ stated in two parts, per image:
 * the first signs that differ (in the order of the network) belong to values within `NEAR_ZERO` of zero, relative to the
   largest value of their tensor: rounding, and nothing else, flipped them;
 * images without any such sign have logits within `TOLERANCE` of each other, relative to the largest logit.
+
+Of a form with the very modules of the network, its packed file read back, more can be said: each module beside its
+namesake on the same inputs, so that a sign that rounding flipped in one counts against no other (`compare_modules`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from repbnn_cli.deploy.forms import centre
 from repbnn_cli.deploy.fuse import Fused, FusedBlock
 from repbnn_cli.graph import Network
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
+from repbnn_cli.lockstep import execute, tensors_of
 from repbnn_cli.logits import logits_of
 
 TOLERANCE = 1e-4
@@ -56,6 +61,56 @@ class Agreement:
         return (
             f"{same}; logits differ by {self.logits:.1e} of the largest; {flips if self.flipped else 'no sign differs'}"
         )
+
+
+@dataclass(frozen=True)
+class ModuleAgreement:
+    """modules: compared; largest: |Δ| / max |output| of the one that differs most, `where`."""
+
+    modules: int
+    largest: float
+    where: str
+
+    @property
+    def holds(self) -> bool:
+        return self.largest <= TOLERANCE
+
+    def __str__(self) -> str:
+        at = f" (at {self.where})" if self.largest else ""
+        return f"{self.modules} modules, each on the same inputs: largest relative |Δ| = {self.largest:.1e}{at}"
+
+
+@torch.no_grad()
+def compare_modules(plain: Network, again: Network, inputs: Sequence[Tensor]) -> ModuleAgreement:
+    """Each module, and each parameter that a forward uses, of one network beside the other's, with the first's inputs.
+
+    Both have the same graph. inputs: one tensor with batch for each of the network's.
+    """
+    waiting = iter(inputs)
+    values: dict[fx.Node, Any] = {}
+    compared, largest, where = 0, 0.0, ""
+    for node in plain.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(waiting)
+        elif node.op != "output":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op in ("call_module", "get_attr"):  # first, as a module may write to what it is given
+                copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+                given = execute(again.module, node, *copies)
+            values[node] = execute(plain.module, node, args, kwargs)
+            if node.op in ("call_module", "get_attr"):
+                difference = _relative(values[node], given)
+                compared += 1
+                if not difference <= largest:
+                    largest, where = difference, str(node.target)
+    return ModuleAgreement(compared, largest, where)
+
+
+def _relative(expected: Any, given: Any) -> float:
+    pairs = list(zip(tensors_of(expected), tensors_of(given), strict=True))
+    return max(
+        (float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel()), default=0.0
+    )
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from repbnn_cli import checkpoint, reading, result, shapes, source, surgery
 from repbnn_cli.cpu_only import running
 from repbnn_cli.deploy.forms import kernel_signs, kernel_zeros
 from repbnn_cli.deploy.match import folded
-from repbnn_cli.deploy.packed_kernels import give_kernel
+from repbnn_cli.deploy.packed_kernels import give_kernel, scale_behind
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
@@ -186,6 +186,11 @@ class _Packing:
         signs, magnitude = found
         self.tensors[f"{path}.kernel_bits"] = to_bits(signs)
         self.kernels[path] = {"shape": list(applied.shape), "zeros": zeros}
+        if scaled and bool((magnitude == 1).all()):
+            behind = scale_behind(self.network, path, layer.kernel, signs)
+            if behind is not None:
+                magnitude = behind
+                self.kernels[path]["behind"] = layer.kernel
         self.kernels[path]["scale"] = self._scale(path, magnitude.float(), layer, scaled=scaled)
 
     def _scale(self, path: str, magnitude: Tensor, layer: Layer, *, scaled: bool) -> str | None:
@@ -355,7 +360,13 @@ def _give(root: nn.Module, packed: Packed) -> None:
         norm.bias = nn.Parameter(packed.tensors[f"{path}.shift"])
     for path, kernel in packed.header["kernels"].items():
         signs = from_bits(packed.tensors[f"{path}.kernel_bits"], tuple(kernel["shape"]))
+        scaled = signs
         if kernel["scale"] is not None:
             magnitude = packed.tensors[kernel["scale"]].flatten().abs()
-            signs = signs * magnitude.view(-1, *[1] * (signs.ndim - 1))
-        give_kernel(root.get_submodule(path), signs)
+            scaled = signs * magnitude.view(-1, *[1] * (signs.ndim - 1))
+        module = root.get_submodule(path)
+        if "behind" in kernel:  # its forward takes the scale from the latent kernel, and convolves signs alone
+            latent = module.get_parameter(kernel["behind"])
+            latent.data = scaled.reshape(latent.shape)
+            scaled = signs
+        give_kernel(module, scaled)

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
+from repbnn_cli.deploy.zeros import inputs_like
+from repbnn_cli.graph import Network
+from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.probe import ConvCalls
+from repbnn_cli.tracer import fetch
 
 
 class GivenKernel:
@@ -31,6 +36,31 @@ class SubstitutedKernel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with ConvCalls(lambda _, kernel: self.given_kernel, len(self.given_kernel)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Tensor | None:
+    """What a module multiplies its convolution of `signs` by, (O,): its latent kernel's mean |w| per filter, XNOR-Net's
+    α written behind the convolution. None where it does nothing of the kind, as a trial shows."""
+    module: nn.Module = fetch(network.module, path)
+    latent: Tensor = fetch(module, kernel)
+    if latent.numel() != signs.numel():
+        return None
+    kept, alpha = latent.detach().clone(), latent.detach().abs().reshape(len(signs), -1).mean(1)
+    generator = torch.Generator(device=latent.device).manual_seed(0)
+    given = inputs_like(network, path, lambda x: x.normal_(generator=generator))
+
+    def output(of: Tensor) -> list[Tensor]:
+        latent.copy_(of.reshape(latent.shape))
+        try:
+            return tensors_of(module(*given))
+        finally:
+            latent.copy_(kept)
+
+    expected, with_it, without = output(kept), output(signs * alpha.view(-1, *[1] * (signs.ndim - 1))), output(signs)
+    fits = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, with_it, strict=True))
+    needed = not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, without, strict=True))
+    return alpha if fits and needed else None
 
 
 _made: dict[tuple[type, type], type] = {}

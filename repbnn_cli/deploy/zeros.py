@@ -7,7 +7,7 @@ first, so that a stored weight equal to its filter's mean has sign 0, and a stor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +58,15 @@ def in_tensors(tensors: Mapping[str, Tensor]) -> Zeros:
 def applied_kernel(network: Network, path: str) -> Tensor:
     """The kernel that a module really applies, whatever it computes it from: its first convolution is watched."""
     module: nn.Module = fetch(network.module, path)
-    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
-    like = next(iter(module.parameters()), torch.zeros(()))
-    values = [n.meta["value"] for n in node.all_input_nodes]
-    given = [torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=like.device) for v in values]
     with torch.no_grad(), ConvCalls() as seen:
-        module(*given)
+        module(*inputs_like(network, path))
     kernel: Tensor = seen.calls[0].kernel.detach()
     return kernel
+
+
+def inputs_like(network: Network, path: str, fill: Callable[[Tensor], Tensor] = Tensor.zero_) -> list[Tensor]:
+    """One sample for each input of a module, as large as the network gives it."""
+    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
+    like = next(iter(fetch(network.module, path).parameters()), torch.zeros(()))
+    values = [n.meta["value"] for n in node.all_input_nodes]
+    return [fill(torch.empty((1, *v.shape[1:]), dtype=v.dtype, device=like.device)) for v in values]
