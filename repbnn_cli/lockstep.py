@@ -73,6 +73,7 @@ class Lockstep:
         self._unused_rep, self._unused_source = last_uses(rep.graph), last_uses(self.source_graph)
         self._latest: tuple[str, Any, Any] = "", (), None
         self.delta = float("inf")
+        self.given: Any = None  # the source's outputs, once both have run
         self._samples = 1
         # Where a forward calls convolutions as functions, its own code cannot be given the merged kernels.
         self.partial = foreign or any(e.layout is not None for e in plan.edits)
@@ -107,6 +108,7 @@ class Lockstep:
         source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
         if not self.partial:
             self.delta = difference(eager, fx.map_arg(source_out.args[0], self._source_value))
+        self.given = fx.map_arg(source_out.args[0], self._source_value)
         return fx.map_arg(source_out.args[0], self._returned), fx.map_arg(rep_out.args[0], lambda n: self._rep[n])
 
     def _returned(self, node: fx.Node) -> Any:

@@ -24,6 +24,9 @@ CALLED_CONVOLUTIONS: dict[Any, str] = {
 }
 
 
+# Share of a kernel's weights that exact zeros may be: an identity or a Sobel filter is no kernel of signs.
+_MOST_ZEROS = 0.6
+
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LINEAR = ("input", "weight", "bias")
 
@@ -122,7 +125,10 @@ def _kernel_bits(kernel: Tensor) -> int:
     magnitude = filters.abs()
     largest = magnitude.amax(1, keepdim=True)
     tolerance = 1e-5 * largest
-    single = ((magnitude - largest).abs() <= tolerance) | (magnitude == 0)
+    zero = magnitude == 0
+    if bool(zero.float().mean() > _MOST_ZEROS):
+        return 32
+    single = ((magnitude - largest).abs() <= tolerance) | zero
     if filters.shape[1] > 2:  # two values that are not ± one another: centre and distance per filter, or {0, 1}
         low, high = filters.amin(1, keepdim=True), filters.amax(1, keepdim=True)
         single = single.all(1) | (((filters - low) <= tolerance) | ((high - filters) <= tolerance)).all(1)

@@ -67,15 +67,16 @@ def kind_of(path: Path) -> str:
         raise CheckpointError(f"{path}: is empty (0 bytes); copy or download it again")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_kind(path)
-    if head.startswith(b"\x80") and _LEGACY_MAGIC in head[:40]:
-        return TORCH_LEGACY
-    if head.startswith(b"\x80"):
-        raise _plain_pickle(path)
+    # Before pickles: a header's length may begin with any byte, theirs too.
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length < 1 << 40:
         if 8 + length > size:
             raise CheckpointError(f"{path}: a truncated safetensors file; copy or download it again")
         return SAFETENSORS
+    if head.startswith(b"\x80") and _LEGACY_MAGIC in head[:40]:
+        return TORCH_LEGACY
+    if head.startswith(b"\x80"):
+        raise _plain_pickle(path)
     raise _not_a_checkpoint(path, head)
 
 

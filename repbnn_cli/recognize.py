@@ -149,7 +149,10 @@ def _called(path: str, module: ConvolutionCall, conv: ConvFacts) -> Layer:
 
 
 def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return Layer(path, "unknown", f"{type(module).__name__} has no `weight` before it runs (a hook sets it); give "
+                     "it a parameter in __init__, or use torch.nn.utils.parametrize")  # fmt: skip
     groups = int(getattr(module, "groups", 1))
     linear = isinstance(module, nn.Linear)
     weight_bits = min((c.weight_bits for c in convs), default=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,9 @@ class OperatorWalk(Walk):
         self._need_rule(node, rule)
         expanded = self._expanded(node)
         before, after = expanded[0].meta["value"], node.meta["value"]
+        if self._is_part(node, expanded[0]):
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), self._made[expanded[0]].state)
+            return
         single = len(self._tensors(node)) == 1
         if (
             single
@@ -315,6 +319,19 @@ class OperatorWalk(Walk):
             if isinstance(self._made[n].state, Tiled | Compact) and not isinstance(n.meta["value"], Tensor):
                 self._refuse(node, "takes a tuple of expanded tensors", "unpack it first")
         self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded())
+
+    def _is_part(self, node: fx.Node, of: fx.Node) -> bool:
+        """Whether a node takes one tensor out of a tuple (values or indices of max(dim)) that has the same channels."""
+        value = node.meta["value"]
+        reads = node.op == "call_function" and node.target in (operator.getitem, getattr)
+        return (
+            reads
+            and not isinstance(of.meta["value"], Tensor)
+            and isinstance(value, Tensor)
+            and isinstance(state := self._made[of].state, Tiled)
+            and value.ndim > 1
+            and value.shape[1] * self.beta == len(state.index)
+        )
 
 
 def _unfoldable(node: fx.Node, network: Network) -> bool:

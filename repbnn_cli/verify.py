@@ -81,7 +81,7 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
             text = f"does not run at {error.place} ({error})"
             stuck = Check("merged-kernel identity", False, text, {"failed": [error.place]})
             return Certificate((carried, stuck))
-        checks = [_graph(run), carried, _shapes(outputs), _costs(plan, rep, run), _identity(plan, run)]
+        checks = [_graph(run), carried, _shapes(outputs, run.given), _costs(plan, rep, run), _identity(plan, run)]
         if run.failed and _draws(network.module, inputs):
             text = f"{checks[-1].summary}; the network draws random numbers in eval mode: make it deterministic there"
             checks[-1] = replace(checks[-1], summary=text)
@@ -153,9 +153,13 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
     return Check("captured learns as source", worst <= 1e-5, summary, {"max": _finite(worst), "where": where})
 
 
-def _shapes(outputs: tuple[Any, Any]) -> Check:
-    source, rep = ([tuple(t.shape) for t in tensors_of(o)] for o in outputs)
-    return Check("output shapes", source == rep, f"{source} → {rep}", {"source": source, "rep": rep})
+def _shapes(outputs: tuple[Any, Any], given: Any) -> Check:
+    """outputs: what is expected and the Rep network's; given: the source's own, without replicas."""
+    expected, rep, source = ([tuple(t.shape) for t in tensors_of(o)] for o in (*outputs, given))
+    text = f"{source} → {rep}"
+    if rep == expected != source:
+        text += "; some carry all replicas of their channels"
+    return Check("output shapes", rep == expected, text, {"source": source, "rep": rep})
 
 
 def _costs(plan: Plan, rep: nn.Module, run: Lockstep) -> Check:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -204,6 +204,8 @@ class Walk:
             channels, repeats, reset=self.inherit == "none", layout=layout,
         )  # fmt: skip
         earlier = self.edits.setdefault(layer.path, edit)
+        if action == "parameter":  # of two calls that one rule would claim here and another there it is the same
+            edit = replace(edit, part=earlier.part, rule=earlier.rule, where=earlier.where)
         if earlier != edit:
             raise SurgeryError(
                 f"{layer.path}: is called twice with inputs that stand for different channels "

@@ -16,8 +16,8 @@ namesake on the same inputs, so that a sign that rounding flipped in one counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
 from repbnn_cli.lockstep import execute, tensors_of
 from repbnn_cli.logits import logits_of
+from repbnn_cli.probe import ConvCalls
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4
@@ -81,10 +82,13 @@ class ModuleAgreement:
 
 
 @torch.no_grad()
-def compare_modules(plain: Network, again: Network, inputs: Sequence[Tensor]) -> ModuleAgreement:
+def compare_modules(
+    plain: Network, again: Network, inputs: Sequence[Tensor], kernels: Mapping[str, Tensor] | None = None
+) -> ModuleAgreement:
     """Each module, and each parameter that a forward uses, of one network beside the other's, with the first's inputs.
 
-    Both have the same graph. inputs: one tensor with batch for each of the network's.
+    Both have the same graph. inputs: one tensor with batch for each of the network's. kernels: module path → a kernel
+    that its convolutions apply in `plain` instead of its own.
     """
     waiting = iter(inputs)
     values: dict[fx.Node, Any] = {}
@@ -97,13 +101,19 @@ def compare_modules(plain: Network, again: Network, inputs: Sequence[Tensor]) ->
             if node.op in ("call_module", "get_attr"):  # first, as a module may write to what it is given
                 copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
                 given = execute(again.module, node, *copies)
-            values[node] = execute(plain.module, node, args, kwargs)
+            kernel = (kernels or {}).get(str(node.target)) if node.op == "call_module" else None
+            with nullcontext() if kernel is None else _applying(kernel):
+                values[node] = execute(plain.module, node, args, kwargs)
             if node.op in ("call_module", "get_attr"):
                 difference = _relative(values[node], given)
                 compared += 1
                 if not difference <= largest:
                     largest, where = difference, str(node.target)
     return ModuleAgreement(compared, largest, where)
+
+
+def _applying(kernel: Tensor) -> ConvCalls:
+    return ConvCalls(lambda _, own: kernel, len(kernel))
 
 
 def _relative(expected: Any, given: Any) -> float:

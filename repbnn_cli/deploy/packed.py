@@ -177,9 +177,7 @@ class _Packing:
                 f"{path}: {zeros} of its {applied.numel()} weights have sign 0, which no bit can hold; "
                 "--zeros-as-plus makes them +1 (the network then computes something slightly else)"
             )
-        if zeros:
-            largest = applied.abs().flatten(1).amax(1).view(-1, *[1] * (applied.ndim - 1))
-            applied = torch.where(applied == 0, largest, applied)
+        applied = zeros_made_plus(applied)
         found = kernel_signs(applied)
         if isinstance(found, str):
             raise UsageError(f"{path}: {found}; it has no packed form")
@@ -220,6 +218,12 @@ class _Packing:
             for name, t in rest.items()
             if name.rpartition(".")[0] not in self.norms
         }
+
+
+def zeros_made_plus(kernel: Tensor) -> Tensor:
+    """A kernel as applied, with the magnitude of its filter where it was 0."""
+    largest = kernel.abs().flatten(1).amax(1).view(-1, *[1] * (kernel.ndim - 1))
+    return torch.where(kernel == 0, largest, kernel)
 
 
 def to_bits(signs: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Ten
         finally:
             latent.copy_(kept)
 
-    expected, with_it, without = output(kept), output(signs * alpha.view(-1, *[1] * (signs.ndim - 1))), output(signs)
+    # A weight of exactly 0, whose bit is +1, counts for α as before.
+    positive = torch.where(kept == 0, torch.finfo(kept.dtype).tiny, kept)
+    expected, without = output(positive), output(signs)
+    with_it = output(signs * alpha.view(-1, *[1] * (signs.ndim - 1)))
     fits = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, with_it, strict=True))
     needed = not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, without, strict=True))
     return alpha if fits and needed else None

@@ -1,0 +1,215 @@
+"""Structures found in other people's networks that were refused, crashed, or described wrongly."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repbnn_cli import checkpoint, surgery
+from repbnn_cli.deploy import agreement, packed
+from repbnn_cli.deploy.zeros import applied_kernel
+from repbnn_cli.errors import RepbnnError
+from repbnn_cli.probe import _kernel_bits
+from repbnn_cli.recognize import recognize
+from repbnn_cli.rules import load
+from repbnn_cli.source import Origin, capture
+from repbnn_cli.verify import Certificate, verify
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+def signs(x: Tensor) -> Tensor:
+    result: Tensor = Sign.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class BConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(signs(x), signs(self.weight), None, 1, 1)
+
+
+class ConvNorm(nn.Module):
+    """Kernel and norm in one module, the convolution called as a function."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(c, c, 3, 3)), nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(F.conv2d(signs(x), signs(self.weight), padding=1))
+        return out
+
+
+class Body(nn.Module):
+    """Stem and one binary convolution; `end` is what a test is about."""
+
+    def __init__(self, c: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, padding=1, bias=False), nn.BatchNorm2d(c))
+        self.c1, self.n1 = BConv(c, c, 3, bias=False), nn.BatchNorm2d(c)
+        self.fc = nn.Linear(c, 10)
+        self.setup(c)
+
+    def setup(self, c: int) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> object:
+        x = self.stem(x)
+        return self.end(self.n1(self.c1(x)) + x)
+
+    def end(self, x: Tensor) -> object:
+        raise NotImplementedError
+
+
+def certified(network: nn.Module, beta: int = 2) -> Certificate:
+    torch.manual_seed(1)
+    for tensor in network.parameters():
+        nn.init.normal_(tensor)
+    network.eval()
+    rules = load("reptran").with_options(beta, None, None)
+    plan = surgery.plan(capture(network, Origin(None, "net", {}, None, ((3, 8, 8),)), rules), rules)
+    return verify(network, plan, surgery.apply(plan).eval(), gradients=True)
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+@pytest.mark.parametrize(
+    "largest",
+    [
+        lambda x: torch.max(x, 2)[0],
+        lambda x: x.max(dim=2).values,
+        lambda x: x.max(2)[0] + x.min(2)[0],
+        lambda x: x.amax(2),
+    ],
+    ids=["item", "values", "pair", "amax"],
+)
+def test_maximum_over_time_or_points(largest: Callable[[Tensor], Tensor], beta: int) -> None:
+    class Points(Body):
+        def end(self, x: Tensor) -> object:
+            return self.fc(largest(x.flatten(2)))
+
+    assert certified(Points(), beta).passed
+
+
+class Pyramid(Body):
+    """One kernel on two scales: once in the trunk, once on a branch."""
+
+    def setup(self, c: int) -> None:
+        self.shared, self.down, self.fc = ConvNorm(c), ConvNorm(c), nn.Linear(2 * c, 10)
+
+    def end(self, x: Tensor) -> object:
+        small = self.down(F.avg_pool2d(x, 2))
+        return self.fc(torch.cat([self.shared(x).mean((2, 3)), self.shared(small).mean((2, 3))], 1))
+
+
+class Bases(Body):
+    """ABC-Net: several binary bases of one latent kernel."""
+
+    def setup(self, c: int) -> None:
+        self.w, self.bn = nn.Parameter(torch.randn(c, c, 3, 3)), nn.BatchNorm2d(c)
+
+    def end(self, x: Tensor) -> object:
+        h = signs(x)
+        y = sum(
+            a * F.conv2d(h, signs(self.w + u * self.w.std()), padding=1) for a, u in ((0.5, -1), (0.3, 0), (0.2, 1))
+        )
+        return self.fc((self.bn(y) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Pyramid, Bases])
+def test_one_kernel_called_at_several_places(kind: type[Body]) -> None:
+    assert certified(kind()).passed
+
+
+def test_a_kernel_that_a_hook_sets_is_refused_by_name() -> None:
+    class Hooked(Body):
+        def setup(self, c: int) -> None:
+            self.c2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+            self.latent = nn.Parameter(self.c2.weight.detach().clone())
+            del self.c2.weight
+            self.c2.register_forward_pre_hook(lambda m, _: setattr(m, "weight", signs(self.latent)))
+
+        def end(self, x: Tensor) -> object:
+            return self.fc(self.c2(signs(x)).mean((2, 3)))
+
+    with pytest.raises(RepbnnError, match=r"c2.*has no `weight` before it runs"):
+        certified(Hooked())
+
+
+def test_outputs_in_the_middle_are_described_as_they_are() -> None:
+    class Stages(Body):
+        def setup(self, c: int) -> None:
+            self.head1, self.back, self.head2 = nn.Conv2d(c, 6, 1), nn.Conv2d(6, c, 1), nn.Conv2d(c, 6, 1)
+
+        def end(self, x: Tensor) -> object:
+            maps = self.head1(x)
+            return maps, self.head2(x + self.back(maps))
+
+    check = next(c for c in certified(Stages()).checks if c.name == "output shapes")
+    assert check.values["source"] == [(2, 6, 8, 8), (2, 6, 8, 8)]
+    assert check.summary.endswith("some carry all replicas of their channels") == (
+        check.values["rep"] != check.values["source"]
+    )
+
+
+def test_a_kernel_that_is_mostly_zero_is_not_binary() -> None:
+    identity = torch.eye(16).view(16, 16, 1, 1)
+    sign = torch.randn(16, 16, 3, 3).sign()
+    assert _kernel_bits(identity) == 32
+    assert _kernel_bits(sign) == 1
+    sign[0, 0, 0, 0] = 0  # the sign of an exact zero
+    assert _kernel_bits(sign) == 1
+
+
+def test_safetensors_are_read_whatever_byte_the_length_of_their_header_begins_with(tmp_path: Path) -> None:
+    met = set()
+    for padding in range(0, 300, 8):
+        place = tmp_path / "net.safetensors"
+        safetensors.torch.save_file({"w": torch.ones(3)}, place, metadata={"note": "x" * padding})
+        (length,) = struct.unpack("<Q", place.read_bytes()[:8])
+        met.add(length % 256)
+        assert torch.equal(checkpoint.load(place).tensors["w"], torch.ones(3))
+    assert 0x80 in met
+
+
+class AlphaBehind(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.sign(), self.weight.sign(), None, 1, 1) * self.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+
+
+def test_zeros_as_plus_with_a_scale_behind_the_convolution(tmp_path: Path) -> None:
+    class Net(Body):
+        def setup(self, c: int) -> None:
+            self.c2 = AlphaBehind(c, c, 3, bias=False)
+            with torch.no_grad():
+                self.c2.weight[3, 1, 0, 2] = 0
+
+        def end(self, x: Tensor) -> object:
+            return self.fc((self.c2(x) + x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    origin = Origin(None, "net", {}, None, ((3, 8, 8),))
+    network = capture(Net().eval(), origin)
+    layers = recognize(network)
+    made = packed.pack(network, layers, origin, zeros_as_plus=True)
+    again = packed.build(made, tmp_path / "net.packed", Net)
+    assert made.header["kernels"]["c2"]["zeros"] == 1
+    images = [torch.randn(2, 3, 8, 8)]
+    assert not agreement.compare_modules(network, again.network, images).holds  # a 0 became +1
+    plus = {"c2": packed.zeros_made_plus(applied_kernel(network, "c2"))}
+    found = agreement.compare_modules(network, again.network, images, plus)
+    assert found.holds, str(found)
