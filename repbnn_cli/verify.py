@@ -182,6 +182,10 @@ def _costs(plan: Plan, rep: nn.Module, run: Lockstep) -> Check:
     text = f"weights {weights[0]:,} → {weights[1]:,}; MACs {macs[0]:,} → {macs[1]:,}"
     if grown:
         text += f"; layers that grow ×{plan.beta}: {some(grown)}"
+    # RepTran's last layer is a classifier in floats; where none was found, a binary convolution has taken its place.
+    last = [e.path for e in plan.edits if e.action == "select_inputs" and plan.layers[e.path].binary]
+    if last:
+        text += f"; a binary last layer takes more inputs: {some(last)}"
     values = {"weights": weights, "macs": macs, "depthwise": grown}
     return Check("convolution cost unchanged", passed, text, values)
 
