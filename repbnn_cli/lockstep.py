@@ -106,9 +106,9 @@ class Lockstep:
                     eager = model(*inputs)
             self._advance(None)
         source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
-        if not self.partial:
-            self.delta = difference(eager, fx.map_arg(source_out.args[0], self._source_value))
         self.given = fx.map_arg(source_out.args[0], self._source_value)
+        if not self.partial:
+            self.delta = difference(eager, self.given)
         return fx.map_arg(source_out.args[0], self._returned), fx.map_arg(rep_out.args[0], lambda n: self._rep[n])
 
     def _returned(self, node: fx.Node) -> Any:

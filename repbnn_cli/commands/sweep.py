@@ -66,11 +66,13 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
     check_spec(budget.data)
     made = experiment.file
     for network in made.networks:
-        if made.recipe is None and network not in zoo.ARCHS:
+        arch = network if network in zoo.ARCHS else None
+        if made.recipe is not None:
+            recipe = recipes.load(made.recipe, arch)
+        elif arch is not None:
+            recipe = recipes.for_network(pupils.origin_in_zoo(arch))
+        else:
             continue
-        recipe = recipes.load(made.recipe, network if network in zoo.ARCHS else None) if made.recipe else (
-            recipes.for_network(pupils.origin_in_zoo(network))
-        )  # fmt: skip
         for variant in made.variants.values():
             recipes.override(recipe, (*variant.set, *budget.sets))
 

@@ -98,18 +98,23 @@ def compare_modules(
             values[node] = next(waiting)
         elif node.op != "output":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op in ("call_module", "get_attr"):  # first, as a module may write to what it is given
-                copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
-                given = execute(again.module, node, *copies)
-            kernel = (kernels or {}).get(str(node.target)) if node.op == "call_module" else None
+            if node.op not in ("call_module", "get_attr"):
+                values[node] = execute(plain.module, node, args, kwargs)
+                continue
+            # The other's first, on copies: a module may write to what it is given.
+            given = execute(again.module, node, *tree_map(_copied, (args, kwargs)))
+            kernel = (kernels or {}).get(str(node.target))
             with nullcontext() if kernel is None else _applying(kernel):
                 values[node] = execute(plain.module, node, args, kwargs)
-            if node.op in ("call_module", "get_attr"):
-                difference = _relative(values[node], given)
-                compared += 1
-                if not difference <= largest:
-                    largest, where = difference, str(node.target)
+            difference = _relative(values[node], given)
+            compared += 1
+            if not difference <= largest:
+                largest, where = difference, str(node.target)
     return ModuleAgreement(compared, largest, where)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _applying(kernel: Tensor) -> ConvCalls:
