@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from repbnn_cli.tracer import FunctionCall
 
@@ -63,7 +64,9 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Folded:
-    """(N·β, C, ...): the replicas as samples."""
+    """(N·β, C, ...): the replicas as samples. reduced: the channels were reduced to one value, or to none."""
+
+    reduced: bool = False
 
 
 State = Compact | Tiled | Folded | None
@@ -181,7 +184,10 @@ def kind_of_module(module: nn.Module) -> str:
 
 
 def kind_of_call(node: fx.Node) -> str:
-    """The table that a function or method is in, looking at its arguments where that decides; else "opaque"."""
+    """The table that a function or method is in, looking at its arguments where that decides; else "opaque".
+
+    "total": the mean of everything, which all replicas together have, too.
+    """
     name = operator_name(node)
     args = node.args
     x = args[0].meta["value"] if args and isinstance(args[0], fx.Node) else None
@@ -190,6 +196,8 @@ def kind_of_call(node: fx.Node) -> str:
         return "random"
     if name in REDUCE:
         dims = _dims(node, ndim)
+        if dims is None and name == "mean":
+            return "total"
         return "spatial" if dims is not None and not {0, 1} & dims else ("fold" if dims and 0 not in dims else "opaque")
     if name == "pad" and len(args) > 1 and len(args[1]) <= 2 * (ndim - 2):  # type: ignore[arg-type]
         return "spatial"
@@ -216,6 +224,13 @@ def _dims(node: fx.Node, ndim: int) -> set[int] | None:
     return {d % ndim for d in dims} if ndim else None
 
 
+def reduces_channels(node: fx.Node) -> bool:
+    """Whether a node that is carried by `Folded` reduces axis 1."""
+    x = node.args[0].meta["value"] if node.args and isinstance(node.args[0], fx.Node) else None
+    dims = _dims(node, x.ndim) if isinstance(x, Tensor) and node.op != "call_module" else None
+    return operator_name(node) in REDUCE and dims is not None and 1 in dims
+
+
 def is_flatten(before: Tensor, after: Tensor) -> bool:
     """(N, C, *rest) → (N, C·rest): what classifiers do, in any spelling, `view(-1, 1024)` included."""
     return (
@@ -224,6 +239,12 @@ def is_flatten(before: Tensor, after: Tensor) -> bool:
         and after.shape[0] == before.shape[0]
         and after.shape[1] == math.prod(before.shape[1:])
     )
+
+
+def is_patches(node: fx.Node, before: Tensor, after: Tensor, module: nn.Module | None) -> bool:
+    """F.unfold of images, (N, C, H, W) → (N, C·k·k, L): each channel becomes k·k of them, as in a flatten."""
+    unfolds = node.target is F.unfold or isinstance(module, nn.Unfold)
+    return unfolds and before.ndim == 4 and after.ndim == 3
 
 
 def adds_trailing_ones(before: Tensor, after: Tensor) -> bool:

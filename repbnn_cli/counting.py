@@ -131,7 +131,8 @@ def _by_role(call: Call) -> Handler | None:
 
 
 def convolution(call: Call) -> Count:
-    """Output positions × kernel elements MACs; a repeat of the output is a copy and costs none.
+    """Output positions × kernel elements MACs (of a transposed convolution input positions); a repeat of the output is
+    a copy and costs none.
 
     Positions come from the convolution itself where it was seen to run, else from the module's output.
     """
@@ -141,7 +142,7 @@ def convolution(call: Call) -> Count:
     seen: list[ConvFacts] = call.node.meta.get("convs", [])
     if seen and not isinstance(call.module, BinaryConv2d):
         positions = sum(c.positions for c in seen) // call.batch
-        outputs = seen[-1].positions // call.batch * layer.out_channels
+        outputs = seen[-1].outputs // call.batch
     else:
         channels = call.output.shape[-1 if layer.role.endswith("linear") else 1]
         positions = call.size_out // channels * layer.convolutions

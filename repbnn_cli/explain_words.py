@@ -156,6 +156,7 @@ _EDITS = {
         "filters copied, {sizes}",
     ),
     "per_replica": ("keeps its tensors and is applied to each of the {beta} replicas alone", "applied to each replica"),
+    "first_replica": ("ends the expansion: takes one of the {beta} replicas and stays as it is", "unchanged"),
     "select_inputs": ("ends the expansion: takes {features} features and gives as many outputs as before", "{sizes}"),
 }
 _BEFORE_THE_REPEAT = (

@@ -77,7 +77,7 @@ def is_leaf(module: nn.Module) -> bool:
     below = any(isinstance(m, nn.modules.batchnorm._BatchNorm) or m._parameters for c in children for m in c.modules())
     if not below:  # owns all parameters itself, or is a parameter-free helper
         return True
-    kernels = {t.numel() for t in own if _kernel_like(t)}
+    kernels = {t.numel() for t in own if kernel_like(t)}
     return bool(kernels) and not any(_is_layer(m, kernels) for m in module.modules() if m is not module)
 
 
@@ -85,10 +85,10 @@ def _is_layer(module: nn.Module, kernels: set[int]) -> bool:
     """Whether a child is a layer of its own: a BatchNorm, or a kernel that is no copy of its owner's."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
-    return any(_kernel_like(t) and t.numel() not in kernels for t in module.parameters(recurse=False))
+    return any(kernel_like(t) and t.numel() not in kernels for t in module.parameters(recurse=False))
 
 
-def _kernel_like(tensor: Tensor) -> bool:
+def kernel_like(tensor: Tensor) -> bool:
     """A kernel has at least two dimensions larger than one, or is stored flat as (N, 1)."""
     return sum(n > 1 for n in tensor.shape) >= 2 or (tensor.ndim == 2 and tensor.shape[1] == 1 and len(tensor) > 1)
 
@@ -142,13 +142,20 @@ def capture(
                     raise final from error
                 whole.append(error.module)
         attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
-        opened = [p for p, m in _of_several_layers(model, traced.graph).items() if opinion(p, m) is None]
+        opened = [p for p, m in _worth_opening(model, traced.graph).items() if opinion(p, m) is None]
         if opened:
-            how = f"recorded, with {', '.join(opened)} traced into, whose convolutions are of different shapes"
+            how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
             try:
-                traced = _in_both_modes(model, examples, policy, shapes_only)
-                attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
+                inside = _in_both_modes(model, examples, policy, shapes_only)
+                attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
+                layers = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
+                plain = [p for p in opened if not any(f"{at}.".startswith(f"{p}.") for at in layers)]
+                if plain:  # no layer of theirs shows, so they had better stay whole
+                    opened = [p for p in opened if p not in plain]
+                    inside = _in_both_modes(model, examples, policy, shapes_only) if opened else traced
+                traced = inside
             except CaptureError as error:
+                opened = []
                 attempts.append(f"{how}: {error}")
     calls = as_modules(traced.graph)
     module = assemble(model, traced, calls)
@@ -156,13 +163,18 @@ def capture(
     return Network(module, tuple(tuple(e.shape) for e in examples), notes, tuple(attempts))
 
 
-def _of_several_layers(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """Modules kept whole that apply kernels of different shapes: blocks that hold the kernels of several layers."""
+def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """Modules kept whole that may be more than one whole layer: blocks that hold the kernels of several layers, which
+    were seen to apply kernels of different shapes; and what holds a kernel and was not seen to convolve."""
     found = {}
     for node in graph.nodes:
-        if node.op == "call_module" and len({(c.kernel_shape, c.groups) for c in node.meta.get("convs", [])}) > 1:
-            found[str(node.target)] = model.get_submodule(str(node.target))
-    return {p: m for p, m in found.items() if not type(m).__module__.startswith("torch.nn.")}
+        if node.op == "call_module":
+            module, seen = model.get_submodule(str(node.target)), node.meta.get("convs")
+            several = len({(c.kernel_shape, c.groups) for c in seen or []}) > 1
+            hidden = seen == [] and any(kernel_like(t) for t in module.parameters())
+            if several or hidden:
+                found[str(node.target)] = module
+    return {p: m for p, m in found.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
 
 
 class TracingError(CaptureError):
@@ -175,7 +187,7 @@ class TracingError(CaptureError):
 
 def _may_stay_whole(model: nn.Module, path: str) -> bool:
     """Whether a module may be kept whole without being asked for: it hides no convolution."""
-    return bool(path) and not any(_kernel_like(p) for p in model.get_submodule(path).parameters())
+    return bool(path) and not any(kernel_like(p) for p in model.get_submodule(path).parameters())
 
 
 def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: TracingError) -> CaptureError:

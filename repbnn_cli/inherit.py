@@ -7,7 +7,7 @@ Source: RepBNN, arXiv 2207.09049, section 3; carrying weights over is this tool'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,7 @@ class Kernel:
 
     column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
     shape: (O, I, k...). flat: whether the module keeps it in another layout: (N, 1), or (O, 1, I·k·k).
+    inputs_first: whether it is kept as (I, O, k...), as `x @ w` takes it.
     """
 
     shape: tuple[int, ...]
@@ -106,8 +107,11 @@ class Kernel:
     column: tuple[int, ...]
     replica: tuple[int, ...]
     flat: bool = False
+    inputs_first: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if self.inputs_first:
+            return self._outputs_first(tensor.transpose(0, 1)).transpose(0, 1).contiguous()
         kernel = tensor.new_empty(self._new_shape)
         for start, stop, block in self._blocks(tensor):
             kernel[:, start:stop] = block
@@ -119,11 +123,18 @@ class Kernel:
 
     def result_shape(self, source: torch.Size) -> tuple[int, ...]:
         """Of what this makes of a tensor of the shape `source`."""
+        if self.inputs_first:
+            out, into, *rest = self._new_shape
+            return (into, out, *rest)
         if not self.flat:
             return self._new_shape
         found = layout(tuple(source), self.shape, self._new_shape)
         assert found is not None, f"{tuple(source)} is no layout of {self.shape}"
         return found
+
+    @property
+    def _outputs_first(self) -> Kernel:
+        return replace(self, inputs_first=False)
 
     @property
     def result_fan_in(self) -> int:
@@ -133,6 +144,8 @@ class Kernel:
         """Whether `own` is what this makes of `tensor`, without making it again."""
         if tuple(own.shape) != self.result_shape(tensor.shape):
             return False
+        if self.inputs_first:
+            return self._outputs_first.made(tensor.transpose(0, 1), own.transpose(0, 1))
         kernel = own.reshape(self._new_shape)
         return all(torch.equal(kernel[:, start:stop], block) for start, stop, block in self._blocks(tensor))
 
@@ -157,24 +170,25 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Columns:
-    """The inputs of a last layer (or of one that ends the expansion), along axis 1, times `scale`.
+    """The inputs of a last layer (or of one that ends the expansion), along `axis`, times `scale`.
 
     groups: the source columns that each kept input stands for; their weights are summed (one each in ways 1 and 2).
     """
 
     groups: tuple[tuple[int, ...], ...]
     scale: float = 1.0
+    axis: int = 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
         table = torch.tensor(self.groups, device=tensor.device)
-        picked = tensor.index_select(1, table[:, 0])
+        picked = tensor.index_select(self.axis, table[:, 0])
         for column in table.t()[1:]:
-            picked = picked + tensor.index_select(1, column)
+            picked = picked + tensor.index_select(self.axis, column)
         return picked * self.scale if self.scale != 1.0 else picked
 
     def result_shape(self, source: torch.Size) -> tuple[int, ...]:
         """Of what this makes of a tensor of the shape `source`."""
-        return _resized(source, 1, len(self.groups))
+        return _resized(source, self.axis, len(self.groups))
 
     def describe(self) -> str:
         return "tiled / β" if self.scale != 1.0 else ("summed" if len(self.groups[0]) > 1 else "selected")

@@ -113,8 +113,9 @@ class Lockstep:
 
     def _returned(self, node: fx.Node) -> Any:
         value, step = self._source_value(node), self.plan.steps.get(node.name)
-        expanded = step is not None and step.state is not None and isinstance(value, Tensor)
-        return torch.cat([value] * self.plan.beta, 1) if expanded else value
+        state = step.state if step is not None else None
+        expanded = state is not None and not (isinstance(state, Folded) and state.reduced)
+        return torch.cat([value] * self.plan.beta, 1) if expanded and isinstance(value, Tensor) else value
 
     def _advance(self, path: str | None) -> None:
         """Runs both graphs until a call of the module at `path` has been compared; None: to their ends."""
@@ -248,7 +249,11 @@ class Lockstep:
         actual = self._rep[rep]
         reference = self._source_value(source)
         if source.op == "call_module" and isinstance(reference, Tensor) and isinstance(actual, Tensor):
-            self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
+            if (layer := self.plan.layers.get(str(source.target))) is not None and layer.inputs_first:
+                sites = source.all_input_nodes[0].meta["value"].shape[2:].numel()
+                self.positions[layer.path] = sites, sites
+            else:
+                self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
         if source.op == "get_attr" or self.plan.steps[source.name].static or not holds_tensor(actual):
             return
         if reference is None:  # a convolution whose kernel could not be observed: go on from the Rep network's value
@@ -386,4 +391,4 @@ def difference(a: Any, b: Any) -> float:
     left, right = tensors_of(a), tensors_of(b)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    return max((float((x - y).abs().max()) for x, y in zip(left, right, strict=True) if x.numel()), default=0.0)
+    return max((float((x * 1 - y * 1).abs().max()) for x, y in zip(left, right, strict=True) if x.numel()), default=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,7 +33,7 @@ def operand_recipes(
     held = {n: t for n, t in held.items() if isinstance(t, Tensor) and t.numel() > 1}
     for name, (side, axis) in _sides(module, kernel, layer, held).items():
         if side == "kernel":
-            recipes[name] = _of_kernel(way, held[name], layer)
+            recipes[name] = _of_kernel(way, held[name], layer, inputs_first=axis == 1)
         elif side == "out" and members is not None:
             recipes[name] = Mean(axis, members)
         elif side == "in" or (side == "out" and isinstance(way, Tile)):
@@ -55,7 +56,9 @@ def _sides(
     size = torch.Size(layer.kernel_shape).numel()
     candidates = [n for n, t in held.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape]
-    kernels = tuple(exact or candidates)
+    matrices = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape[::-1] and held[n].ndim == 2]
+    turned = [n for n in matrices if _is_turned(module, kernel, n, held)]
+    kernels = tuple(turned or exact or candidates)
     if not kernels:
         found = ", ".join(f"{n} {tuple(t.shape)}" for n, t in held.items()) or "no parameter"
         raise CannotTellError(f"which parameter holds its kernel {layer.kernel_shape} (it is computed from {found})")
@@ -64,13 +67,29 @@ def _sides(
         value: Tensor = evaluate(module, kernel, replaced)
         return value
 
-    probe = Probe(run, held, kernels, layer.kernel_shape, layer.groups, out_axis=0, in_axis=1)
-    sides: dict[str, tuple[str | None, int]] = {n: ("kernel", 0) if n in kernels else probe.place(n) for n in held}
+    probe = Probe(
+        run, held, kernels, layer.kernel_shape, layer.groups, out_axis=0, in_axis=1, inputs_first=bool(turned)
+    )
+    sides: dict[str, tuple[str | None, int]] = {
+        n: ("kernel", int(bool(turned))) if n in kernels else probe.place(n) for n in held
+    }
     for root in roots(kernel):
         name = str(root.target)
         if name in sides and sides[name][0] is None:
             sides[name] = _aligned(root, kernel, layer)
     return sides
+
+
+def _is_turned(module: nn.Module, kernel: fx.Node, name: str, held: Mapping[str, Tensor]) -> bool:
+    """Whether a matrix holds the inputs first, (I, O): the kernel, (O, I), follows a permutation of its rows with its
+    columns."""
+    rows = torch.arange(len(held[name])).roll(1)
+    alike = {n: t.mean().expand_as(t).clone() for n, t in held.items() if n != name and t.is_floating_point()}
+    before: Tensor = evaluate(module, kernel, alike)
+    after: Tensor = evaluate(module, kernel, {**alike, name: held[name].detach()[rows]})
+    if after.shape[0] == after.shape[1] and torch.allclose(after, before.index_select(0, rows)):
+        return False
+    return torch.allclose(after, before.index_select(1, rows))
 
 
 def _aligned(root: fx.Node, kernel: fx.Node, layer: Layer) -> tuple[str | None, int]:
@@ -89,7 +108,12 @@ def _aligned(root: fx.Node, kernel: fx.Node, layer: Layer) -> tuple[str | None, 
     return None, 0
 
 
-def _of_kernel(way: Kernel | Columns | Tile, tensor: Tensor, layer: Layer) -> Recipe:
+def _of_kernel(way: Kernel | Columns | Tile, tensor: Tensor, layer: Layer, *, inputs_first: bool) -> Recipe:
+    if inputs_first:
+        if isinstance(way, Kernel):
+            return replace(way, flat=False, inputs_first=True)
+        assert isinstance(way, Columns), "a matrix is no depthwise kernel"
+        return replace(way, axis=0)
     flat = tuple(tensor.shape) != layer.kernel_shape
     if isinstance(way, Kernel):
         return Kernel(way.shape, way.members, way.column, way.replica, flat=flat)

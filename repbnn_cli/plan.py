@@ -21,7 +21,8 @@ from repbnn_cli.rules import RuleSet
 class ModuleEdit:
     """One module (or one parameter used by a forward directly) and what becomes of it.
 
-    action: repeat_output, rep_conv, rep_batch_norm, batch_norm, per_channel, parameter, depthwise, select_inputs.
+    action: repeat_output, rep_conv, rep_batch_norm, batch_norm, per_channel, parameter, depthwise, per_replica,
+    select_inputs, first_replica.
     tensors: (name within the module, recipe); channels: (in, out) the module has afterwards; repeats: of its output.
     before, after: shapes for people to read. reset: fresh initialisation instead of the recipes' values.
     layout: for a convolution that is called as a function, what happens to its kernel, which is computed elsewhere.

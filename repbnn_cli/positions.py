@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from torch import Tensor, fx
 
 from repbnn_cli.channels import operator_name
-from repbnn_cli.graph import Network
+from repbnn_cli.graph import Network, kernel_like
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
+from repbnn_cli.static import roots, static_nodes
+from repbnn_cli.tracer import fetch
 
+# Each multiplies by a matrix; where that is a parameter, it is a layer, whether or not it was told as one.
+_PRODUCTS = (
+    "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
 _JOINS = ("add", "sub", "cat", "concat", "concatenate", "radd", "stack")
 
 
@@ -21,11 +28,32 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def positions(network: Network, layers: Mapping[str, Layer]) -> dict[str, str]:
+def weighs(network: Network, layers: Mapping[str, Layer]) -> set[fx.Node]:
+    """The nodes that hold a layer which is no convolution and no linear layer: an LSTM, a product with a parameter."""
+    static = static_nodes(network.graph)
+    found = set()
+    for node in network.graph.nodes:
+        if _role(node, layers) in ("unknown", "weightless"):
+            tensors = fetch(network.module, str(node.target)).parameters()
+            if any(kernel_like(t) for t in tensors):
+                found.add(node)
+        elif node.op in ("call_function", "call_method") and node not in static and operator_name(node) in _PRODUCTS:
+            held = [n.meta["value"] for n in node.all_input_nodes if n in static and _of_parameters(n)]
+            if any(isinstance(t, Tensor) and kernel_like(t) for t in held):
+                found.add(node)
+    return found
+
+
+def _of_parameters(node: fx.Node) -> bool:
+    return any(not str(root.target).startswith("_tensor_constant") for root in roots(node))
+
+
+def positions(network: Network, layers: Mapping[str, Layer], others: Set[fx.Node] = frozenset()) -> dict[str, str]:
     """Module path → position, for every convolution and linear layer.
 
     first: none comes before it; last: none comes after it; bypass: on the branch of a sum or concatenation that has
     fewer binary convolutions (then fewer convolutions) than the branch beside it; trunk: all others.
+    others: nodes that hold another kind of layer (`weighs`); what comes before one of them is not the last.
     """
     bit: dict[str, int] = {}
     for node in network.graph.nodes:
@@ -47,7 +75,7 @@ def positions(network: Network, layers: Mapping[str, Layer]) -> dict[str, str]:
         if node.op in ("call_function", "call_method") and operator_name(node) in _JOINS:
             bypass |= _smaller_branch([before[s] for s in sources], binary)
     with_successor = 0
-    for above in after.values():
+    for above in (*after.values(), *(before[node] for node in others)):
         with_successor |= above
     result: dict[str, str] = {}
     for path, own in bit.items():
@@ -58,6 +86,32 @@ def positions(network: Network, layers: Mapping[str, Layer]) -> dict[str, str]:
         else:
             result[path] = "bypass" if own & bypass else "trunk"
     return result
+
+
+def ends(network: Network, layers: Mapping[str, Layer], others: Set[fx.Node]) -> set[fx.Node]:
+    """Those of `others` that have a convolution or linear layer before them, and no layer of any kind behind them."""
+    convolving = {n for n in network.graph.nodes if n.op == "call_module" and _role(n, layers) in CONVOLUTIONS}
+    found = set()
+    for node in others:
+        above, below = _reached(node, lambda n: n.all_input_nodes), _reached(node, lambda n: list(n.users))
+        if above & convolving and not below & (convolving | others):
+            found.add(node)
+    return found
+
+
+def _role(node: fx.Node, layers: Mapping[str, Layer]) -> str:
+    return layers[str(node.target)].role if node.target in layers else ""
+
+
+def _reached(node: fx.Node, beside: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = beside(node)
+    while todo:
+        at = todo.pop()
+        if at not in seen:
+            seen.add(at)
+            todo = [*todo, *beside(at)]
+    return seen
 
 
 def _smaller_branch(branches: list[int], binary: int) -> int:

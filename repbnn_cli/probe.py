@@ -22,12 +22,19 @@ CALLED_CONVOLUTIONS: dict[Any, str] = {
     torch.conv3d: "conv3d",
     F.linear: "linear",
 }
-
+# Their kernels hold the inputs first, (I, O, k...).
+TRANSPOSED_CONVOLUTIONS: dict[Any, str] = {
+    torch.conv_transpose1d: "conv_transpose1d",
+    torch.conv_transpose2d: "conv_transpose2d",
+    torch.conv_transpose3d: "conv_transpose3d",
+}
 
 # Share of a kernel's weights that exact zeros may be: an identity or a Sobel filter is no kernel of signs.
 _MOST_ZEROS = 0.6
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_FURTHER = ("stride", "padding", "output_padding", "dilation")
 _LINEAR = ("input", "weight", "bias")
 
 
@@ -35,7 +42,7 @@ _LINEAR = ("input", "weight", "bias")
 class ConvCall:
     """One call: kernel and input as applied, (O, I/groups, ...) and (N, I, ...), and its output.
 
-    arguments: what else it was given, by name: stride, padding, dilation.
+    The kernel of a transposed convolution is turned to (O, I, ...), too. arguments: what else it was given, by name.
     """
 
     kind: str
@@ -50,7 +57,8 @@ class ConvCall:
 class ConvFacts:
     """What a call says about a layer: kernel shape (O, I/groups, k...), groups, and how many bits it really uses.
 
-    positions: output positions of all samples together.
+    positions: how often the whole kernel is applied, in all samples together: once for each output position, in a
+    transposed convolution for each input position. outputs: values of all samples.
     """
 
     kind: str
@@ -59,10 +67,15 @@ class ConvFacts:
     weight_bits: int
     activation_bits: int
     positions: int = 0
+    outputs: int = 0
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind.startswith("conv_transpose")
 
 
 class ConvCalls(TorchFunctionMode):
-    """Records the convolutions and linear maps that run in its scope.
+    """Records the convolutions and linear maps that run in its scope; transposed ones unless they are grouped.
 
     replace: called as replace(i, kernel) for the i-th call; returns the kernel to apply instead. One with fewer filters
         has its output repeated along the channels (of each group) until there are `channels`.
@@ -77,23 +90,28 @@ class ConvCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = CALLED_CONVOLUTIONS.get(func)
+        transposed = func in TRANSPOSED_CONVOLUTIONS
+        kind = TRANSPOSED_CONVOLUTIONS[func] if transposed else CALLED_CONVOLUTIONS.get(func)
         if kind is None:
             return func(*args, **kwargs)
-        given = dict(zip(_LINEAR if kind == "linear" else _CONV, args, strict=False)) | kwargs
+        names = _TRANSPOSED if transposed else _LINEAR if kind == "linear" else _CONV
+        given = dict(zip(names, args, strict=False)) | kwargs
         groups = int(given.get("groups", 1))
+        if transposed and groups > 1:
+            return func(*args, **kwargs)
+        kernel = given["weight"].transpose(0, 1) if transposed else given["weight"]
         if self._replace is not None:
-            given["weight"] = self._replace(len(self.calls), given["weight"])
-            output = _repeated(func, given, groups, self._channels)
+            kernel = self._replace(len(self.calls), kernel)
+            given["weight"] = kernel.transpose(0, 1) if transposed else kernel
+            output = _repeated(func, given, groups, len(kernel), self._channels)
         else:
             output = func(*args, **kwargs)
-        further: dict[str, Any] = {n: given[n] for n in ("stride", "padding", "dilation") if n in given}
-        self.calls.append(ConvCall(kind, given["input"], given["weight"], groups, output, further))
+        further: dict[str, Any] = {n: v for n, v in given.items() if n in _FURTHER}
+        self.calls.append(ConvCall(kind, given["input"], kernel, groups, output, further))
         return output
 
 
-def _repeated(func: Any, given: dict[str, Any], groups: int, channels: int) -> Tensor:
-    filters = len(given["weight"])
+def _repeated(func: Any, given: dict[str, Any], groups: int, filters: int, channels: int) -> Tensor:
     if filters == channels:
         output: Tensor = func(**given)
         return output
@@ -107,13 +125,15 @@ def _repeated(func: Any, given: dict[str, Any], groups: int, channels: int) -> T
 
 def facts(call: ConvCall) -> ConvFacts:
     """Bits are read off the values: one magnitude per filter is a 1-bit kernel, 2ⁿ distinct inputs are n bits."""
+    transposed = call.kind.startswith("conv_transpose")
     return ConvFacts(
         call.kind,
         tuple(call.kernel.shape),
         call.groups,
         _kernel_bits(call.kernel),
         _value_bits(call.input[:1]),
-        call.output.numel() // max(1, len(call.kernel)),
+        call.input.numel() // call.kernel.shape[1] if transposed else call.output.numel() // max(1, len(call.kernel)),
+        call.output.numel(),
     )
 
 
@@ -144,7 +164,8 @@ def _value_bits(values: Tensor) -> int:
     if not bool(distinct.any()):  # all zero, as in a capture for shapes only
         return 32
     nonzero = int((distinct != 0).sum())
-    count = nonzero if nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1])) else len(distinct)
-    if values.numel() < max(64, 4 * count):  # too few values to tell
+    signs = nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1]))
+    count = nonzero if signs else len(distinct)
+    if values.numel() < (8 if signs else max(64, 4 * count)):  # too few to tell; that floats are ±a is no chance
         return 32
     return next((bits for bits in (1, 2, 4, 8) if count <= 2**bits), 32)

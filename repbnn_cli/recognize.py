@@ -36,6 +36,7 @@ class Layer:
     """One module of the graph.
 
     kernel: name of the kernel tensor within the module, kernel_shape: it viewed as (O, I/groups, k...).
+    inputs_first: whether the module holds it as (I, O, k...): a transposed convolution.
     out_tensors, in_tensors: tensor name → the axis that is sized by output or input channel.
     same_tensors: further tensors shaped like the kernel (a binarised copy, say), treated like it.
     attributes: cached Python numbers, name → what they hold, as declared.
@@ -58,6 +59,7 @@ class Layer:
     convolutions: int = 1
     called: bool = False
     per_replica: bool = False
+    inputs_first: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -68,10 +70,20 @@ class Layer:
         return self.kernel_shape[1] * self.groups
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the kernel tensor, where it is not flat."""
+        return _turned(self.kernel_shape) if self.inputs_first else self.kernel_shape
+
+    @property
     def binary(self) -> bool:
         return self.role in ("binary_conv", "binary_linear") or (
             self.role == "depthwise_conv" and self.weight_bits == 1
         )
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(O, I, k...) ↔ (I, O, k...)"""
+    return (shape[1], shape[0], *shape[2:])
 
 
 def type_names(module: nn.Module) -> tuple[str, ...]:
@@ -104,7 +116,10 @@ def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: Mod
         if convs[0].kernel_shape[:2] == (1, 1) and not any(isinstance(t, nn.Parameter) for t in held):
             return Layer(path, "weightless", f"is a call of {module.kind} with a fixed filter for one channel")
         return _called(path, module, convs[0])
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and (
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
+        return Layer(path, "unknown", f"is a grouped {type(module).__name__}, of which no RepConv is made; `role: "
+                     "weightless` (rule file: `modules:`) applies it to each replica")  # fmt: skip
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and (
         type(module).__module__.startswith("torch.nn.") or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)
     ):
         return _torch_conv(path, module, convs)
@@ -157,6 +172,7 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
     linear = isinstance(module, nn.Linear)
     weight_bits = min((c.weight_bits for c in convs), default=32)
     role = ("binary" if weight_bits == 1 else "float") + ("_linear" if linear else "_conv")
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     if groups > 1 and weight.shape[1] == 1:
         role = "depthwise_conv"
     kernel = "weight"
@@ -167,7 +183,8 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
         role,
         f"is a {type(module).__name__}",
         kernel=kernel,
-        kernel_shape=tuple(weight.shape),
+        kernel_shape=_turned(tuple(weight.shape)) if transposed else tuple(weight.shape),
+        inputs_first=transposed,
         groups=groups,
         weight_bits=weight_bits,
         activation_bits=min((c.activation_bits for c in convs), default=32),
@@ -186,15 +203,16 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
     if any(c.kernel_shape != first.kernel_shape or c.groups != first.groups for c in convs):
         return unknown("runs convolutions of different shapes", "trace into it (rule file: `leaf: false`)")
     shape = first.kernel_shape
+    stored = _turned(shape) if first.transposed else shape
     size = torch.Size(shape).numel()
     candidates = [n for n, t in tensors.items() if t.numel() == size]
-    exact = [n for n in candidates if tuple(tensors[n].shape) == shape]
+    exact = [n for n in candidates if tuple(tensors[n].shape) == stored]
     # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
     others = [n for n in candidates if n not in exact and layout(tuple(tensors[n].shape), shape, shape) is not None]
-    kernels = tuple([*exact, *others] if exact else candidates)
+    kernels = tuple(exact if first.transposed else [*exact, *others] if exact else candidates)
     if not kernels:
         return unknown(
-            f"holds no tensor of the kernel {shape} that it applies",
+            f"holds no tensor of the kernel {stored} that it applies",
             "name it (`kernel:`, `kernel_shape:`) in a rule file",
         )
     if not exact and len({tuple(tensors[n].shape) for n in kernels}) > 1:
@@ -224,6 +242,7 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
         in_tensors={n: axis for n, (side, axis) in axes.items() if side == "in"},
         same_tensors=kernels[1:],
         convolutions=len(convs),
+        inputs_first=first.transposed,
     )
 
 
@@ -251,7 +270,7 @@ def _axes(
                     fetch(module, name).data = value
                 return first_tensor(module(x, *given[1:]))
 
-        return Probe(run, tensors, kernels, conv.kernel_shape, conv.groups)
+        return Probe(run, tensors, kernels, conv.kernel_shape, conv.groups, inputs_first=conv.transposed)
 
     linear = conv.kind == "linear"
     found = {n: probe(None).place(n, linear=linear) for n in tensors if n not in kernels}
@@ -302,11 +321,6 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         axes = {n: p.axis for n, p in rule.per_channel.items()}
         _check_tensors(rule, path, module, axes)
         return Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise RulesError(
-            f"{rule.where} role: {path} is a {type(module).__name__}, whose kernel holds its inputs first: no RepConv "
-            "is made of it; `role: weightless`, or a rule with `apply: tile`, applies it to each copy"
-        )
     kernel = rule.kernel or "weight"
     _check_tensors(rule, path, module, [kernel, *rule.per_channel])
     tensor: Tensor = fetch(module, kernel)
@@ -318,6 +332,13 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             f"{rule.where} kernel_shape: {path}.{kernel} holds {tensor.numel()} values, {list(shape)} needs "
             f"{torch.Size(shape).numel()}"
         )
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    if transposed and getattr(module, "groups", 1) > 1:
+        raise RulesError(
+            f"{rule.where} role: {path} is a grouped {type(module).__name__}, of which no RepConv is made; `role: "
+            "weightless` applies it to each replica"
+        )
+    shape = _turned(shape) if transposed and not rule.kernel_shape else shape
     convs: list[ConvFacts] = node.meta.get("convs", [])
     declared: dict[str, tuple[str, int]] = {n: (str(p.channels), p.axis) for n, p in rule.per_channel.items()}
     sides = declared | _undeclared(node, module, rule, kernel, shape, declared)
@@ -335,6 +356,7 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
         in_tensors={n: axis for n, (side, axis) in sides.items() if side == "in"},
         attributes=rule.attributes,
         convolutions=max(1, len(convs)),
+        inputs_first=transposed,
     )
 
 

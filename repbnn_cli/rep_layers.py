@@ -253,6 +253,16 @@ def unfold(x: Tensor, beta: int) -> Tensor:
     return replicas.flatten(3, 4).movedim(3, 1)
 
 
+def first_replica(x: Tensor, beta: int) -> Tensor:
+    """(N·β, C, ...) → (N, C, ...): one replica of a folded tensor."""
+    return x[::beta]
+
+
+def mean_of_replicas(x: Tensor, beta: int) -> Tensor:
+    """(N·β, ...) → (N, ...): what the replicas of a folded tensor have in the mean; of whole numbers, what one has."""
+    return x.unflatten(0, (-1, beta)).mean(1) if x.is_floating_point() else first_replica(x, beta)
+
+
 def repeat_batch(x: Tensor, beta: int) -> Tensor:
     """(N, ...) → (N·β, ...): each sample β times, beside the replicas of a folded tensor."""
     return x.repeat_interleave(beta, 0)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, Tiled, operator_name
+from repbnn_cli.channels import Compact, Folded, Tiled, operator_name
 from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
@@ -67,7 +67,10 @@ class Rewriter(ModuleWalk):
     def _output(self, node: fx.Node) -> Any:
         if not holds_tensor(node.meta["value"]):
             return self._number(node, folded=False)
-        if self._made[node].state is not None:
+        state = self._made[node].state
+        if isinstance(state, Folded) and state.reduced:  # an attention map: as in the source, of all replicas
+            return self.graph.call_function(rep_layers.mean_of_replicas, (self._made[node].node, self.beta))
+        if state is not None:
             self.notes.append(
                 f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; a rule with "
                 "`apply: select_inputs` ends the expansion, `apply: keep` leaves a part of the network out of it"

@@ -31,8 +31,13 @@ class ModuleWalk(OperatorWalk):
         if not expanded:
             self._unexpanded_module(node, layer, rule)
         elif rule is None:
-            what = f"{layer.role} ({layer.evidence})" if layer.role == "unknown" else f"this {layer.role}"
-            self._refuse(node, f"no rule says what becomes of {what}, whose input is expanded", "add a rule for it")
+            if layer.role == "unknown":
+                self._refuse(
+                    node, f"its input is expanded, and it has no known role: {layer.evidence}", "or end the expansion "
+                    f"here (rule file: `rules: {{end: {{part: last_layer, match: {{path: {path}}}, apply: "
+                    "select_inputs, share: 1_over_beta}}`)",
+                )  # fmt: skip
+            self._refuse(node, f"no rule says what becomes of this {layer.role}, whose input is expanded", "add one")
         elif rule.apply == "keep":
             self._refuse(node, f"{rule.where} keeps it as it is, but its input is expanded", "use another action")
         elif layer.role in CONVOLUTIONS:
@@ -52,7 +57,8 @@ class ModuleWalk(OperatorWalk):
             self._per_channel(node, layer, rule)
         else:
             module = fetch(self.network.module, path)
-            self._weightless(node, kind_of_module(module), module, rule)
+            if not self._ends(node, rule, type(module).__name__):
+                self._weightless(node, kind_of_module(module), module, rule)
 
     def _unexpanded_module(self, node: fx.Node, layer: Layer, rule: Rule | None) -> None:
         new = self._copy_mapped(node, lambda n: self._made[n].node)
@@ -91,6 +97,7 @@ class ModuleWalk(OperatorWalk):
             want.index[:width],
             want.replica[:width],
             flat=self._is_flat(layer, layer.kernel),
+            inputs_first=layer.inputs_first,
         )
         tensors: list[tuple[str, Recipe]] = [
             (n, replace(kernel, flat=self._is_flat(layer, n))) for n in _kernels(layer)
@@ -135,7 +142,7 @@ class ModuleWalk(OperatorWalk):
         """Whether a kernel is stored in another layout than (O, I, k...)."""
         if not name:
             return False
-        return tuple(fetch(self.network.module, f"{layer.path}.{name}").shape) != layer.kernel_shape
+        return tuple(fetch(self.network.module, f"{layer.path}.{name}").shape) != layer.stored_shape
 
     def _flat_kernel(self, layer: Layer) -> str:
         return next((n for n in _kernels(layer) if self._is_flat(layer, n)), "")
@@ -257,6 +264,7 @@ class ModuleWalk(OperatorWalk):
             source = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(torch.tensor(taken)), source)
         if flat := self._flat_kernel(layer):
             self._refuse(node, f"a last layer that keeps its kernel flat, in {flat}", "store it as (out, in)")
+        recipe = replace(recipe, axis=0 if layer.inputs_first else 1)
         tensors: list[tuple[str, Recipe]] = [(n, recipe) for n in _kernels(layer)]
         tensors += [(n, Tile(a, tuple(state.index[j] for j in taken))) for n, a in layer.in_tensors.items()]
         after = (layer.out_channels, len(taken), *layer.kernel_shape[2:])

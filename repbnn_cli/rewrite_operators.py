@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import (
@@ -19,10 +19,12 @@ from repbnn_cli.channels import (
     concatenated,
     flattened,
     is_flatten,
+    is_patches,
     kind_of_call,
     operator_name,
     permutation,
     plain,
+    reduces_channels,
 )
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Kernel, Recipe, Tile
@@ -44,7 +46,11 @@ class OperatorWalk(Walk):
             return
         kind = kind_of_call(node)
         rule = self.rules.get(subject_of(node))
-        if kind == "concatenate":
+        if self._ends(node, rule, operator_name(node)):
+            return
+        if kind == "total" and rule is not None and rule.apply == "tile":
+            self._keep(node, self._copy_mapped(node, self._as_tiled), None)
+        elif kind == "concatenate":
             self._need_rule(node, rule)
             self._concatenate(node)
         elif kind == "opaque":
@@ -52,6 +58,33 @@ class OperatorWalk(Walk):
             self._weightless(node, kind, call, rule)
         else:
             self._weightless(node, kind, None, rule)
+
+    def _ends(self, node: fx.Node, rule: Rule | None, what: str) -> bool:
+        """Whether a rule ends the expansion at what is no convolution: it then takes one replica and stays as it is."""
+        if rule is None or rule.apply != "select_inputs":
+            return False
+        if (rule.share or self.last_layer) != "1_over_beta":
+            self._refuse(
+                node, f"{what} ends the expansion ({rule.where} {rule.name}), and is no convolution or linear layer "
+                "that could take β times as many inputs", "`--last-layer 1_over_beta`, or `share: 1_over_beta` in the "
+                "rule, gives it one replica of each channel",
+            )  # fmt: skip
+        for operand in self._expanded(node):
+            state, value = self._made[operand].state, operand.meta["value"]
+            if isinstance(state, Folded) and not _unfoldable(operand, self.network):
+                self._refuse(node, f"{what} ends the expansion where the batch is not the first axis", "end it before")
+            if isinstance(state, Folded):
+                one = self.graph.call_function(rep_layers.first_replica, (self._made[operand].node, self.beta))
+            elif not isinstance(value, Tensor):
+                self._refuse(node, f"{what} ends the expansion and takes a tuple of tensors", "end it behind")
+            else:
+                first = torch.tensor([self._map(operand).index.index(c) for c in range(value.shape[1])])
+                one = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(first), self._as_tiled(operand))
+            self._ended[operand] = one
+        new = self._copy_mapped(node, lambda n: self._ended.get(n, self._made[n].node))
+        self._keep(node, new, None)
+        self._plain_edit(node, rule, "first_replica")
+        return True
 
     def _need_rule(self, node: fx.Node, rule: Rule | None) -> None:
         if rule is None or rule.apply != "tile":
@@ -66,7 +99,8 @@ class OperatorWalk(Walk):
         if self._is_part(node, expanded[0]):
             self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), self._made[expanded[0]].state)
             return
-        single = len(self._tensors(node)) == 1
+        first = self._made[expanded[0]].state
+        single = len(self._tensors(node)) == 1 and not (isinstance(first, Folded) and first.reduced)
         if (
             single
             and isinstance(before, Tensor)
@@ -79,6 +113,11 @@ class OperatorWalk(Walk):
                 new = self.graph.call_function(torch.flatten, (self._as_tiled(expanded[0]), 1))
                 new.meta = {k: node.meta[k] for k in ("where", "path")}
                 self._keep(node, new, flattened(state, positions))
+                return
+            if is_patches(node, before, after, call if isinstance(call, nn.Module) else None):
+                state = self._map(expanded[0])
+                size = after.shape[1] // before.shape[1]
+                self._keep(node, self._copy_mapped(node, self._as_tiled), flattened(state, size))
                 return
             if adds_trailing_ones(before, after):
                 new = self.graph.call_function(_with_ndim, (self._as_tiled(expanded[0]), after.ndim))
@@ -93,7 +132,19 @@ class OperatorWalk(Walk):
         elif kind in ("spatial", "random"):
             self._carry_one(node, random=kind == "random")
         else:
+            if node in self._weighs and rule is not None:
+                self._plain_edit(node, rule, "per_replica")  # β times its cost, which the plan has to say
             self._fold(node)
+
+    def _plain_edit(self, node: fx.Node, rule: Rule, action: str) -> None:
+        """The row of a module or operator that keeps what it is and has."""
+        path = str(node.target) if node.op == "call_module" else subject_of(node)
+        layer = self.layers.get(path) or Layer(path, "weightless", operator_name(node))
+        held = fetch(self.network.module, path).parameters() if node.op == "call_module" else (
+            n.meta["value"] for n in node.all_input_nodes if n in self._static)  # fmt: skip
+        shapes = [tuple(t.shape) for t in held if isinstance(t, Tensor)]
+        size = shape_text(max(shapes, key=lambda shape: torch.Size(shape).numel(), default=()))
+        self._edit(layer, rule, action, size, size, channels=None)
 
     def _test(self, node: fx.Node, call: Callable[..., Any] | None) -> str:
         """An operator in no table: found out by running it on random numbers."""
@@ -318,7 +369,9 @@ class OperatorWalk(Walk):
         for n in self._expanded(node):
             if isinstance(self._made[n].state, Tiled | Compact) and not isinstance(n.meta["value"], Tensor):
                 self._refuse(node, "takes a tuple of expanded tensors", "unpack it first")
-        self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded())
+        states = [self._made[n].state for n in self._expanded(node)]
+        reduced = reduces_channels(node) or all(isinstance(s, Folded) and s.reduced for s in states)
+        self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded(reduced))
 
     def _is_part(self, node: fx.Node, of: fx.Node) -> bool:
         """Whether a node takes one tensor out of a tuple (values or indices of max(dim)) that has the same channels."""

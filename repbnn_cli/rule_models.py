@@ -44,10 +44,11 @@ Cached = Literal["in_channels", "out_channels", "kernel_shape", "fan_in", "numel
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 _MIXING = ("repeat_output", "rep_conv", "select_inputs", "keep")
 # What does not mix channels cannot become a RepConv. `tile` gives a depthwise convolution more filters and applies any
-# other one to each replica as it is.
+# other one to each replica as it is. Whatever is no convolution can end the expansion by taking one replica.
 ACTIONS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS, (*_MIXING, "tile")),
-    **dict.fromkeys(("batch_norm", "per_channel", "weightless"), ("tile", "keep")),
+    **dict.fromkeys(("batch_norm", "per_channel"), ("tile", "keep")),
+    "weightless": ("tile", "select_inputs", "keep"),
 }
 REPEATING = ("repeat_output", "rep_conv")
 

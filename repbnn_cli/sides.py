@@ -23,6 +23,7 @@ class Probe:
 
     run: (replacements of tensors, permutation of the input's channels or None) → result, the same one every time.
     kernels: names of the kernel and of what is shaped like it; shape: (O, I/groups, k...).
+    inputs_first: whether the kernels are held as (I, O).
     out_axis, in_axis: axes of the result that follow output and input channels; in_axis None: summed over.
     """
 
@@ -33,6 +34,7 @@ class Probe:
     groups: int = 1
     out_axis: int = 1
     in_axis: int | None = None
+    inputs_first: bool = False
 
     def side(self, name: str, axis: int) -> str | None:
         """ "out", "in" or "none" (a table that belongs to no channel); "silent" where its values have no effect at all,
@@ -108,6 +110,9 @@ class Probe:
         moved = {}
         for name in self.kernels:
             stored = self.tensors[name]
+            if self.inputs_first:
+                moved[name] = stored.index_select(1 - axis, order.to(stored.device))
+                continue
             view = stored.reshape(self.shape) if stored.shape != self.shape else stored
             moved[name] = view.index_select(axis, order.to(stored.device)).reshape(stored.shape)
         return moved

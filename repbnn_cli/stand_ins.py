@@ -67,6 +67,9 @@ def filters(edit: ModuleEdit, rep: nn.Module) -> dict[str, Tensor]:
             found[edit.tensor_path(name)] = own.clone()
         elif isinstance(recipe, Kernel):
             members = recipe.members
+            if recipe.inputs_first:
+                found[edit.tensor_path(name)] = per_source_channel(own, Mean(1, members), members.out_channels)
+                continue
             kernel = own.reshape(members.out_channels // members.beta, len(recipe.column), *recipe.shape[2:])
             found[edit.tensor_path(name)] = per_source_channel(kernel, Mean(0, members), members.out_channels)
     return found

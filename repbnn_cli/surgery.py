@@ -21,7 +21,7 @@ from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
-from repbnn_cli.positions import holds_tensor, positions
+from repbnn_cli.positions import ends, holds_tensor, positions, weighs
 from repbnn_cli.probe import ConvCalls
 from repbnn_cli.recognize import Layer, hints, recognize, type_names
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, make_rep
@@ -67,7 +67,9 @@ def _plan(network: Network, rules: RuleSet) -> Plan:
 
 def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     """Everything a rule can match: modules, operators without parameters, parameters that a forward uses directly."""
-    position = positions(network, layers)
+    others = weighs(network, layers)
+    last = ends(network, layers, others)
+    position = positions(network, layers, others) | {str(n.target): "last" for n in last if n.op == "call_module"}
     found = []
     for path, layer in layers.items():
         names = type_names(fetch(network.module, path))
@@ -76,7 +78,8 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     static = static_nodes(network.graph)
     for node in network.graph.nodes:
         if node.op in ("call_function", "call_method") and node not in static and holds_tensor(node.meta["value"]):
-            found.append(Subject(subject_of(node), (operator_name(node),), "weightless", ""))
+            role, at = ("unknown", "last") if node in last else ("weightless", "")
+            found.append(Subject(subject_of(node), (operator_name(node),), role, at))
         elif node.op == "get_attr" and node.target in held:
             found.append(Subject(subject_of(node), ("Parameter",), "per_channel", ""))
     return found
@@ -155,7 +158,7 @@ def _carry_out(
     state: Mapping[str, Tensor] | None,
     start: _Start | None,
 ) -> None:
-    if edit.action in ("per_replica", "repeat_output"):
+    if edit.action in ("per_replica", "repeat_output", "first_replica"):
         return
     if edit.action == "parameter":
         _set_tensors(fetch_parent(tree, edit), edit, made, state, start)
@@ -215,7 +218,7 @@ def _set_known_numbers(module: nn.Module, edit: ModuleEdit) -> None:
     """in_channels and the like of torch's own classes and their subclasses."""
     assert edit.channels is not None
     into, out = edit.channels
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, nn.modules.conv._ConvNd):
         module.in_channels, module.out_channels = into, out
         if edit.action == "depthwise":
             module.groups = into
@@ -240,6 +243,7 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     into, out = edit.channels
     new_shape = (out, into // max(1, getattr(module, "groups", 1)), *layer.kernel_shape[2:])
     fan_in = torch.Size(new_shape[1:]).numel()
+    new_shape = (into, out, *new_shape[2:]) if layer.inputs_first else new_shape
     values: dict[str, Any] = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}
     for name, meaning in layer.attributes.items():
         if not hasattr(module, name):
@@ -250,7 +254,7 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     if layer.kernel_shape:
         for owner in module.modules():
             for name, value in vars(owner).items():
-                if isinstance(value, tuple | list | torch.Size) and tuple(value) == layer.kernel_shape:
+                if isinstance(value, tuple | list | torch.Size) and tuple(value) == layer.stored_shape:
                     setattr(owner, name, type(value)(new_shape))
     run = _trial(module, edit, network)
     failure = run()
@@ -346,7 +350,7 @@ class _Start:
         if isinstance(recipe, Kernel):
             growth = recipe.result_fan_in / torch.Size(recipe.shape[1:]).numel()
         elif isinstance(recipe, Columns):
-            growth = len(recipe.groups) / new.shape[1]
+            growth = len(recipe.groups) / new.shape[recipe.axis]
         elif layer is not None and name in (layer.kernel, *layer.same_tensors):
             growth = 1.0
         else:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
 
+from repbnn_cli import products
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.layers import LearnableBias
@@ -136,6 +138,7 @@ class Tracer(fx.Tracer):
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
         self.convolution_calls = False
+        self._fixed: set[fx.Node] = set()  # what depends on parameters and buffers alone
         self._evaluating = False
         self._training: dict[nn.Module, bool] = {}
 
@@ -164,12 +167,31 @@ class Tracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
+        if kind in ("call_function", "call_method"):
+            product = products.find(target, args, kwargs, self.values, self._fixed)
+            if product is not None:
+                return self._layer(product)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        inputs = node.all_input_nodes
+        held = kind == "get_attr" and not str(node.target).startswith("_tensor_constant")
+        if held or (inputs and self._fixed.issuperset(inputs)):
+            self._fixed.add(node)
         node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
         node.meta["value"] = on_meta(value)
         self.values[node] = _hollow(value) if self.shapes_only else value
         return node
+
+    def _layer(self, product: products.Product) -> fx.Node:
+        """A product with a parameter, recorded as the layer that it is."""
+        weight = product.weight
+        if product.inputs_first:
+            weight = self.create_node("call_method", "t", (weight,), {})
+        if product.kind == "linear":
+            operands = (product.x, weight) if product.bias is None else (product.x, weight, product.bias)
+            return self.create_node("call_function", F.linear, operands, {})
+        weight = self.create_node("call_method", "unsqueeze", (weight, -1), {})
+        return self.create_node("call_function", torch.conv1d, (product.x, weight), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ValueProxy(node, self)

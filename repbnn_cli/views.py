@@ -30,6 +30,7 @@ _ACTIONS = {
     "depthwise": "depthwise, tiled",
     "per_replica": "applied to each copy",
     "select_inputs": "classifier inputs",
+    "first_replica": "takes one copy",
 }
 
 

@@ -18,7 +18,7 @@ from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Recipe
 from repbnn_cli.plan import ModuleEdit, Step
-from repbnn_cli.positions import holds_tensor
+from repbnn_cli.positions import holds_tensor, weighs
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import static_nodes
@@ -56,7 +56,9 @@ class Walk:
         self.notes: list[str] = []
         self.by_position: list[str] = []
         self._made: dict[fx.Node, Made] = {}
+        self._ended: dict[fx.Node, fx.Node] = {}  # one replica of an expanded tensor
         self._static = static_nodes(network.graph)
+        self._weighs = weighs(network, layers)
         # Parameters that expanded tensors read as they are, through a selection: they must not be resized elsewhere.
         self._read_whole: dict[str, fx.Node] = {}
         self._tiled_as: dict[str, Tiled] = {}

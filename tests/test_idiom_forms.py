@@ -310,7 +310,7 @@ def test_each_kernel_of_a_block_becomes_a_rep_conv(kind: type[nn.Module], beta: 
 def test_opening_a_block_is_said_and_leaves_the_users_module_alone() -> None:
     model = generic(KernelsOfSeveralLayers())
     network = graph.capture(model, (3, 8, 8))
-    assert "with block traced into, whose convolutions are of different shapes" in network.attempts[1]
+    assert "with block traced into, which may be several layers" in network.attempts[1]
     assert network.module.get_submodule("block.conv2d_call") is not None
     assert list(model.block.children()) == []  # type: ignore[union-attr, operator]
 
@@ -430,9 +430,7 @@ def test_a_norm_over_channels_is_applied_to_each_replica(beta: int) -> None:
 
 def test_a_norm_over_the_batch_is_refused_by_name() -> None:
     message = refusal(NormOfTheBatch)
-    assert (
-        "(norm) node norm: no rule says what becomes of unknown (WholeBatchNorm mixes channels, and samples" in message
-    )
+    assert "(norm) node norm: its input is expanded, and it has no known role: WholeBatchNorm mixes" in message
     assert "declare what it is (`modules:`) in a rule file" in message
 
 

@@ -98,7 +98,8 @@ def test_an_action_that_does_not_fit_the_role_is_an_error() -> None:
     assert str(error.value).splitlines() == [
         "mine.yaml:2 rules.a.apply: rep_conv does not fit layer1.0.bn1, role batch_norm; expected one of tile, keep",
         "mine.yaml:2 rules.a.apply: rep_conv does not fit layer1.0.act, role per_channel; expected one of tile, keep",
-        "mine.yaml:2 rules.a.apply: rep_conv does not fit layer1.0:add, role weightless; expected one of tile, keep",
+        "mine.yaml:2 rules.a.apply: rep_conv does not fit layer1.0:add, role weightless; expected one of tile, "
+        "select_inputs, keep",
     ]
 
 

@@ -24,6 +24,7 @@ CHANGES: Mapping[str, tuple[str, int]] = {
     "per_replica": ("each copy", 4),
     "depthwise": ("depthwise", 2),
     "select_inputs": ("inputs", 6),
+    "first_replica": ("one copy", 6),
 }  # fmt: skip
 _OTHER = ("changed", 4)
 _WIDE, _BOX, _BETWEEN, _GAP = 148, 62, 24, 24  # a block of the overview, and what is between two
