@@ -121,6 +121,9 @@ def test_report_and_compare_put_other_networks_beside_the_users(own: Path, capsy
         # A place or a value twice.
         (["finetune", str(RESULT), "--epochs", "2", "--set", "epochs=1"], "say the same twice"),
         (["finetune", str(RESULT), "--distill", "0.5", "--set", "distillation.weight=1"], "say the same twice"),
+        # What only inherited weights go through.
+        (["finetune", "irnet_resnet20", "--data", "digits", "--fit", "10"], "--fit: is for weights that"),
+        (["finetune", str(CHECKPOINT), "--data", "digits", "--calibrate", "10"], "--calibrate: is for weights that"),
         # Values that nothing can be done with.
         (["finetune", str(RESULT), "--eval-batch", "0"], "--eval-batch"),
         (["finetune", str(RESULT), "--fit", "-5"], "--fit"),

@@ -201,6 +201,16 @@ def test_networks_of_the_zoo_have_every_binary_convolution_fitted(arch: str) -> 
     assert len(binary) > 15
 
 
+def test_nothing_is_fitted_to_a_source_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    monkeypatch.chdir(tmp_path)
+    assert run(["transform", "irnet_resnet20", "-o", "rep.repbnn.pt"]) == 0
+    assert run(["calibrate", "rep.repbnn.pt", "--data", "digits", "--batches", "1"]) == 0
+    assert "not fitted to the source network: its source has no trained weights" in capsys.readouterr().err
+
+
 def test_calibrate_fits_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,15 +75,17 @@ def finetune(
         str | None, typer.Option("--teacher-model", help="Your own teacher: file.py:callable or module:callable.")
     ] = None,
     calibrate: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--calibrate", min=0, help="Batches for BatchNorm statistics before inherited weights are trained."
+            "--calibrate", min=0, help="Batches for BatchNorm statistics before inherited weights are trained; 50."
         ),
-    ] = 50,
+    ] = None,
     fit: Annotated[
-        int,
-        typer.Option("--fit", min=0, help="Steps per convolution that first fit inherited weights to their source."),
-    ] = 200,
+        int | None,
+        typer.Option(
+            "--fit", min=0, help="Steps per convolution that first fit inherited weights to their source; 200."
+        ),
+    ] = None,
     spread: Spread = 0.0,
     arch: Arch = None,
     model: Model = None,

@@ -34,7 +34,7 @@ _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float | None, teacher: str | None,
-    teacher_arch: str | None, teacher_model: str | None, calibrate: int, fit: int, spread: float,
+    teacher_arch: str | None, teacher_model: str | None, calibrate: int | None, fit: int | None, spread: float,
     origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str,
     gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -48,6 +48,10 @@ def finetune(
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
+    if not pupil.inherited and (calibrate or fit):
+        option = "--calibrate" if calibrate else "--fit"
+        raise UsageError(f"{option}: is for weights that `repbnn transform` inherited; {pupil.name} has none")
+    calibrate, fit = 50 if calibrate is None else calibrate, 200 if fit is None else fit
     if output is not None and Path(output).suffix == ".safetensors" and pupil.opened is None:
         raise UsageError(f"-o {output}: a network that is no RepBNN is written by torch.save; name it .pth")
     weight = [f"distillation.weight={distill}"] if distill is not None else []
@@ -248,6 +252,8 @@ def _preparation(
         reason = "several processes would each fit their own; `repbnn calibrate` first does it in one"
     elif not pupil.opened.payload["source_tensors"]:
         reason = "the file holds no source network (--slim)"
+    elif pupil.opened.payload["source"]["sha256"] is None:
+        reason = "its source has no trained weights"
     elif any(p.dtype == torch.float16 for p in pupil.network.parameters()):
         reason = "its weights are in float16, too coarse for the steps of a fit"
     if spread and (reason is not None or not fit):
