@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from repbnn_cli import surgery
 from repbnn_cli.deploy import agreement, packed
+from repbnn_cli.errors import UsageError
+from repbnn_cli.recognize import recognize
 from repbnn_cli.rules import load
 from repbnn_cli.shapes import rep_network
 from repbnn_cli.source import Origin, capture
@@ -106,6 +108,22 @@ def test_a_packed_network_computes_what_the_network_does(make: type, beta: int, 
         x = torch.randn(1, bits.shape[1], 8, 8)
         given = network.module.get_submodule("conv1")(x)[:, : len(bits)]
         assert torch.allclose(F.conv2d(x.sign(), kernel, None, 1, 1), given, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["centred", "deviation"])
+def test_another_scale_of_the_latent_kernel_is_refused(how: str) -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight.std((1, 2, 3))
+            if how == "centred":
+                scale = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)).abs().mean((1, 2, 3))
+            return F.conv2d(x.sign(), self.weight.sign(), None, 1, 1) * scale.view(1, -1, 1, 1)
+
+    torch.manual_seed(0)
+    origin = Origin(None, "net", {}, None, ((3, 8, 8),))
+    network = capture(Net(Scaled).eval(), origin)
+    with pytest.raises(UsageError, match=r"conv1: takes more from its latent kernel weight than its signs and"):
+        packed.pack(network, recognize(network), origin)
 
 
 def test_comparing_modules_notices_a_wrong_one_and_forgives_what_follows_from_it() -> None:

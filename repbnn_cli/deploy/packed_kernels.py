@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.deploy.zeros import inputs_like
+from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.probe import ConvCalls
@@ -41,7 +42,10 @@ class SubstitutedKernel:
 @torch.no_grad()
 def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Tensor | None:
     """What a module multiplies its convolution of `signs` by, (O,): its latent kernel's mean |w| per filter, XNOR-Net's
-    α written behind the convolution. None where it does nothing of the kind, as a trial shows."""
+    α written behind the convolution. None where it does nothing of the kind, as a trial shows.
+
+    Raises UsageError where it takes something else from its latent kernel beside the convolution.
+    """
     module: nn.Module = fetch(network.module, path)
     latent: Tensor = fetch(module, kernel)
     if latent.numel() != signs.numel():
@@ -51,19 +55,27 @@ def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Ten
     given = inputs_like(network, path, lambda x: x.normal_(generator=generator))
 
     def output(of: Tensor) -> list[Tensor]:
+        """With `of` for the latent kernel, whatever its convolution makes of it: that takes the signs."""
         latent.copy_(of.reshape(latent.shape))
         try:
-            return tensors_of(module(*given))
+            with ConvCalls(lambda _, kernel: signs.to(kernel), len(signs)):
+                return tensors_of(module(*given))
         finally:
             latent.copy_(kept)
 
-    # A weight of exactly 0, whose bit is +1, counts for α as before.
-    positive = torch.where(kept == 0, torch.finfo(kept.dtype).tiny, kept)
-    expected, without = output(positive), output(signs)
-    with_it = output(signs * alpha.view(-1, *[1] * (signs.ndim - 1)))
-    fits = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, with_it, strict=True))
-    needed = not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(expected, without, strict=True))
-    return alpha if fits and needed else None
+    expected = output(kept)
+    if _alike(expected, output(signs)):
+        return None
+    if _alike(expected, output(signs * alpha.view(-1, *[1] * (signs.ndim - 1)))):
+        return alpha
+    raise UsageError(
+        f"{path}: takes more from its latent kernel {kernel} than its signs and the mean |w| of each filter; it has no "
+        "packed form, keep a scale in a tensor of its own"
+    )
+
+
+def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(some, others, strict=True))
 
 
 _made: dict[tuple[type, type], type] = {}
