@@ -45,7 +45,10 @@ class ModuleWalk(OperatorWalk):
             given = len(self._tensors(node)) if not layer.called else 1
             if len(operands) != 1 or given != 1 or node.args[:1] != (expanded[0],):
                 self._refuse(node, "a convolution with several tensor arguments", "split it into two modules")
-            if rule.apply == "select_inputs":
+            tokens = layer.role.endswith("linear") and expanded[0].meta["value"].ndim > 2
+            if tokens and rule.apply in ("rep_conv", "select_inputs"):
+                self._linear_of_tokens(node, rule)
+            elif rule.apply == "select_inputs":
                 self._select_inputs(node, layer, rule)
             elif rule.apply == "tile":
                 self._depthwise(node, layer, rule)
@@ -59,6 +62,18 @@ class ModuleWalk(OperatorWalk):
             module = fetch(self.network.module, path)
             if not self._ends(node, rule, type(module).__name__):
                 self._weightless(node, kind_of_module(module), module, rule)
+
+    def _linear_of_tokens(self, node: fx.Node, rule: Rule) -> None:
+        """Channels that come last, (N, T, C), are not expanded by the rules; one replica can be taken of them."""
+        shape = tuple(node.args[0].meta["value"].shape)  # type: ignore[union-attr]
+        if rule.apply == "rep_conv" or (rule.share or self.last_layer) != "1_over_beta":
+            end = "" if rule.apply == "rep_conv" else "`--last-layer 1_over_beta` gives it one replica; "
+            self._refuse(
+                node, f"a linear layer over the last axis of {shape}, and a RepConv is made of channels in the second",
+                f"{end}write it as a convolution of size 1 over (N, C, T), or apply it to each replica (a rule with "
+                "`apply: tile`) at β times its cost",
+            )  # fmt: skip
+        self._ends(node, rule, str(node.target))
 
     def _unexpanded_module(self, node: fx.Node, layer: Layer, rule: Rule | None) -> None:
         new = self._copy_mapped(node, lambda n: self._made[n].node)
