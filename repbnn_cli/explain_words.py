@@ -83,7 +83,7 @@ def made_from(recipe: Recipe) -> str:
         if all(i == j % size for j, i in enumerate(recipe.index)):
             return f"entry j is the source's entry j mod {size}"
         return f"entries from the source's: {runs_text(recipe.index)}"
-    return _columns(recipe)
+    return _columns(recipe) if recipe.axis == 1 else _columns(recipe).replace("column", "row")
 
 
 def _shared(members: Members) -> str:
@@ -107,7 +107,8 @@ def _kernel(recipe: Kernel) -> str:
     else:
         inputs = f"inputs have that filter's columns {runs_text(recipe.column)}"
     how = {"fold": "fold: the filters that the repeat maps to channel o", "reshape": "reshape, in memory order"}
-    return f"{filters}; {inputs} ({how[members.inherit]})"
+    stored = "; stored inputs first" if recipe.inputs_first else ""
+    return f"{filters}; {inputs} ({how[members.inherit]}{stored})"
 
 
 def _columns(recipe: Columns) -> str:

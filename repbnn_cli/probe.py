@@ -32,6 +32,8 @@ TRANSPOSED_CONVOLUTIONS: dict[Any, str] = {
 # Share of a kernel's weights that exact zeros may be: an identity or a Sobel filter is no kernel of signs.
 _MOST_ZEROS = 0.6
 
+_MANY = 64  # values, from which on it can be told how many bits they have
+
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _FURTHER = ("stride", "padding", "output_padding", "dilation")
@@ -51,6 +53,10 @@ class ConvCall:
     groups: int
     output: Tensor
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind.startswith("conv_transpose")
 
 
 @dataclass(frozen=True)
@@ -125,14 +131,15 @@ def _repeated(func: Any, given: dict[str, Any], groups: int, filters: int, chann
 
 def facts(call: ConvCall) -> ConvFacts:
     """Bits are read off the values: one magnitude per filter is a 1-bit kernel, 2ⁿ distinct inputs are n bits."""
-    transposed = call.kind.startswith("conv_transpose")
+    # Of an image one sample tells; of the few inputs of a linear layer all samples are looked at.
+    one = call.input[:1]
     return ConvFacts(
         call.kind,
         tuple(call.kernel.shape),
         call.groups,
         _kernel_bits(call.kernel),
-        _value_bits(call.input[:1]),
-        call.input.numel() // call.kernel.shape[1] if transposed else call.output.numel() // max(1, len(call.kernel)),
+        _value_bits(one if one.numel() >= _MANY else call.input),
+        (call.input if call.transposed else call.output).numel() // max(1, call.kernel.shape[call.transposed]),
         call.output.numel(),
     )
 
@@ -156,7 +163,7 @@ def _kernel_bits(kernel: Tensor) -> int:
 
 
 def _value_bits(values: Tensor) -> int:
-    """The smallest of 1, 2, 4, 8 bits that can hold the distinct values of one sample, else 32."""
+    """The smallest of 1, 2, 4, 8 bits that can hold the distinct values, else 32."""
     if values.is_meta:
         return 32
     # Zeros are what sign gives for exact zeros and zero padding; they do not need a bit of their own.
@@ -166,6 +173,7 @@ def _value_bits(values: Tensor) -> int:
     nonzero = int((distinct != 0).sum())
     signs = nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1]))
     count = nonzero if signs else len(distinct)
-    if values.numel() < (8 if signs else max(64, 4 * count)):  # too few to tell; that floats are ±a is no chance
+    # Too few values tell nothing, but that real numbers are all ±a is hardly chance.
+    if values.numel() < (_MANY // 4 if signs else max(_MANY, 4 * count)):
         return 32
     return next((bits for bits in (1, 2, 4, 8) if count <= 2**bits), 32)

@@ -51,7 +51,7 @@ def finetune(
     if not pupil.inherited and (calibrate or fit):
         option = "--calibrate" if calibrate else "--fit"
         raise UsageError(f"{option}: is for weights that `repbnn transform` inherited; {pupil.name} has none")
-    calibrate, fit = 50 if calibrate is None else calibrate, 200 if fit is None else fit
+    calibrate, fit = 50 if calibrate is None else calibrate, Preparation.fit if fit is None else fit
     if output is not None and Path(output).suffix == ".safetensors" and pupil.opened is None:
         raise UsageError(f"-o {output}: a network that is no RepBNN is written by torch.save; name it .pth")
     weight = [f"distillation.weight={distill}"] if distill is not None else []
