@@ -8,7 +8,7 @@ training needs (rotations, clamping thresholds, counters) is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,9 +72,9 @@ def sizes_of(module: nn.Module, layer: Layer | None, counted: set[int], *, recur
     return Sizes(parameters, bits, sum(s.bytes for s in stored) - bits, latent)
 
 
-def called_kernels(network: Network, layers: Mapping[str, Layer]) -> dict[int, Layer | None]:
-    """Parameters that are binary kernels of convolutions called as functions: id → layer; None for a latent copy."""
-    found: dict[int, Layer | None] = {}
+def called_kernels(network: Network, layers: Mapping[str, Layer]) -> dict[int, list[Layer]]:
+    """Parameters that are binary kernels of convolutions called as functions: id → its calls; none of a latent copy."""
+    found: dict[int, list[Layer]] = {}
     for node in network.graph.nodes:
         layer = layers.get(str(node.target)) if node.op == "call_module" else None
         if layer is None or layer.weight_bits > MOST_BINARY_BITS or len(node.all_input_nodes) < 2:
@@ -82,12 +82,13 @@ def called_kernels(network: Network, layers: Mapping[str, Layer]) -> dict[int, L
         if isinstance(fetch(network.module, layer.path), ConvolutionCall):
             held = [fetch(network.module, str(n.target)) for n in roots(node.all_input_nodes[1])]
             kernels = [t for t in held if t.numel() == math.prod(layer.kernel_shape)]
-            found |= {id(t): layer if i == 0 else None for i, t in enumerate(kernels)}
+            for i, tensor in enumerate(kernels):
+                found.setdefault(id(tensor), []).extend([layer] if i == 0 else [])
     return found
 
 
 def parameter_sizes(
-    root: nn.Module, path: str, value: Tensor, counted: set[int], kernels: Mapping[int, Layer | None]
+    root: nn.Module, path: str, value: Tensor, counted: set[int], kernels: Mapping[int, Sequence[Layer]]
 ) -> Sizes:
     """A parameter or buffer used by a forward directly; nothing when it is no part of the state dict."""
     owner_path, _, name = path.rpartition(".")
@@ -100,9 +101,9 @@ def parameter_sizes(
     latent = value.numel() * value.element_size()
     if id(value) not in kernels:
         return Sizes(parameters, 0, _plain_bytes(value), latent)
-    layer = kernels[id(value)]
-    if layer is None:
+    if not kernels[id(value)]:
         return Sizes(parameters, 0, 0, latent)
+    layer = kernels[id(value)][0]
     return Sizes(parameters, (value.numel() * layer.weight_bits + 7) // 8, layer.out_channels * _FLOAT_BYTES, latent)
 
 

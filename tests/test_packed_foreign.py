@@ -3,6 +3,8 @@ of their own, and read-back module by module, in which no sign that rounding fli
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repbnn_cli import surgery
+from repbnn_cli import profiler, surgery
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.errors import UsageError
-from repbnn_cli.recognize import recognize
+from repbnn_cli.graph import Network
+from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import load
 from repbnn_cli.shapes import rep_network
 from repbnn_cli.source import Origin, capture
@@ -64,6 +67,40 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Calls(nn.Module):
+    """A network that calls its binary layers as functions, on kernels of its own; some of them twice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 5)
+        self.bn0, self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm1d(16)
+        self.kernel, self.matrix = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 16))
+
+    def conv(self, x: Tensor) -> Tensor:
+        mean = self.kernel.abs().mean((1, 2, 3), keepdim=True)
+        if self.how == "centred":
+            return F.conv2d(x.sign(), (self.kernel - self.kernel.mean((1, 2, 3), keepdim=True)).sign(), None, 1, 1)
+        if self.how == "scaled":
+            return F.conv2d(x.sign(), self.kernel.sign() * mean, None, 1, 1)
+        y = F.conv2d(x.sign(), self.kernel.sign(), None, 1, 1)
+        if self.how == "behind":
+            return y * mean.view(1, -1, 1, 1)
+        if self.how == "deviation":
+            return y * self.kernel.std((1, 2, 3)).view(1, -1, 1, 1)
+        return y + F.conv2d(x, self.kernel, None, 1, 1) if self.how == "float" else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x))
+        x = self.bn1(self.conv(x)) + x
+        if self.how == "twice":
+            x = self.bn1(self.conv(x)) + x
+        return self.fc(self.bn2(x.mean((2, 3)).sign() @ self.matrix.sign()))
+
+
+CALLS = {how: partial(Calls, how) for how in ("alone", "scaled", "behind", "centred", "twice")}
+
+
 def behind() -> nn.Module:
     return Net(ScaleBehind)
 
@@ -81,14 +118,20 @@ def signs_alone() -> nn.Module:
 
 
 @pytest.mark.parametrize("beta", [1, 2, 4])
-@pytest.mark.parametrize("make", [behind, behind_depthwise, rows_and_columns, signs_alone], ids=lambda m: m.__name__)
-def test_a_packed_network_computes_what_the_network_does(make: type, beta: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [behind, behind_depthwise, rows_and_columns, signs_alone, *CALLS.values()],
+    ids=lambda m: m.args[0] if isinstance(m, partial) else m.__name__,
+)
+def test_a_packed_network_computes_what_the_network_does(
+    make: Callable[[], nn.Module], beta: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     source = make().eval()
-    for norm in (m for m in source.modules() if isinstance(m, nn.BatchNorm2d)):
+    for norm in (m for m in source.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-    origin = Origin(None, f"{__name__}:{make.__name__}", {}, None, ((3, 8, 8),))
+    origin = Origin(None, f"{__name__}:made", {}, None, ((3, 8, 8),))
     rules = load("reptran").with_options(beta, None, None)
     plan = surgery.plan(capture(source, origin, rules), rules)
     network, layers = rep_network(plan, surgery.apply(plan).eval())
@@ -96,9 +139,12 @@ def test_a_packed_network_computes_what_the_network_does(make: type, beta: int, 
     packed.save(made, tmp_path / "net.packed")
     again = packed.open_packed(tmp_path / "net.packed", make)
     images = torch.randn(2, 3, 8, 8)
-    found = agreement.compare_modules(network, again.network, [images])
+    found = agreement.compare_modules(network, again.network, [images], None, made.header["unstored"])
     assert found.holds, str(found)
     assert found.modules >= 7
+    torch.testing.assert_close(again.network.module(images), network.module(images), rtol=1e-4, atol=1e-4)
+    if isinstance(make, partial):
+        assert made.data_bytes == packed_bytes(network, layers)
     scales = {path: kernel["scale"] for path, kernel in made.header["kernels"].items()}
     if make is signs_alone:
         assert all(s is None or bool((made.tensors[s] == 1).all()) for s in scales.values())
@@ -108,6 +154,19 @@ def test_a_packed_network_computes_what_the_network_does(make: type, beta: int, 
         x = torch.randn(1, bits.shape[1], 8, 8)
         given = network.module.get_submodule("conv1")(x)[:, : len(bits)]
         assert torch.allclose(F.conv2d(x.sign(), kernel, None, 1, 1), given, rtol=1e-5, atol=1e-5)
+
+
+def packed_bytes(network: Network, layers: Mapping[str, Layer]) -> int:
+    return profiler.profile(network, dict(layers)).totals.packed
+
+
+@pytest.mark.parametrize("how", ["deviation", "float"])
+def test_what_a_forward_takes_from_a_latent_kernel_beside_its_signs_is_refused(how: str) -> None:
+    torch.manual_seed(0)
+    origin = Origin(None, "net", {}, None, ((3, 8, 8),))
+    network = capture(Calls(how).eval(), origin)
+    with pytest.raises(UsageError, match="kernel: the forward takes more from it than its signs"):
+        packed.pack(network, recognize(network), origin)
 
 
 @pytest.mark.parametrize("how", ["centred", "deviation"])

@@ -119,7 +119,7 @@ def _computes_the_same(found: Examined, again: packed.Opened) -> agreement.Modul
     images = [torch.randn((_CHECKED_IMAGES, *shape), generator=generator) for shape in found.input_shapes]
     kernels = {path: packed.zeros_made_plus(applied_kernel(found.network, path))
                for path, kernel in again.header["kernels"].items() if kernel["zeros"]}  # fmt: skip
-    same = agreement.compare_modules(found.network, again.network, images, kernels)
+    same = agreement.compare_modules(found.network, again.network, images, kernels, again.header["unstored"])
     if not same.holds:
         raise VerificationError(f"{found.target}: read back, the packed network computes something else ({same})")
     return same

@@ -16,7 +16,7 @@ namesake on the same inputs, so that a sign that rounding flipped in one counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -83,12 +83,13 @@ class ModuleAgreement:
 
 @torch.no_grad()
 def compare_modules(
-    plain: Network, again: Network, inputs: Sequence[Tensor], kernels: Mapping[str, Tensor] | None = None
-) -> ModuleAgreement:
+    plain: Network, again: Network, inputs: Sequence[Tensor], kernels: Mapping[str, Tensor] | None = None,
+    unlike: Collection[str] = (),
+) -> ModuleAgreement:  # fmt: skip
     """Each module, and each parameter that a forward uses, of one network beside the other's, with the first's inputs.
 
     Both have the same graph. inputs: one tensor with batch for each of the network's. kernels: module path → a kernel
-    that its convolutions apply in `plain` instead of its own.
+    that its convolutions apply in `plain` instead of its own. unlike: parameters that need not be alike.
     """
     waiting = iter(inputs)
     values: dict[fx.Node, Any] = {}
@@ -98,7 +99,7 @@ def compare_modules(
             values[node] = next(waiting)
         elif node.op != "output":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op not in ("call_module", "get_attr"):
+            if node.op not in ("call_module", "get_attr") or (node.op == "get_attr" and node.target in unlike):
                 values[node] = execute(plain.module, node, args, kwargs)
                 continue
             # The other's first, on copies: a module may write to what it is given.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from repbnn_cli import checkpoint, reading, result, shapes, source, surgery
 from repbnn_cli.cpu_only import running
 from repbnn_cli.deploy.forms import kernel_signs, kernel_zeros
 from repbnn_cli.deploy.match import folded
-from repbnn_cli.deploy.packed_kernels import give_kernel, scale_behind
+from repbnn_cli.deploy.packed_kernels import as_stored, give_kernel, scale_behind, scale_beside
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
@@ -93,10 +93,11 @@ def pack(
     packing = _Packing(network, zeros_as_plus)
     kernels = called_kernels(network, layers)
     for path, module, stored, layer in _stored(network, layers):
-        if layer is None and id(fetch(network.module, path)) in kernels:
-            raise UsageError(f"{path}: is a kernel that the forward binarises outside a module; such networks cannot "
-                             "be packed yet, make the convolution a module of its own")  # fmt: skip
-        packing.add(path, module, stored, layer)
+        calls = kernels.get(id(fetch(network.module, path))) if module is None else None
+        if calls is None:
+            packing.add(path, module, stored, layer)
+        else:
+            packing.called(path, calls)
     header = {
         "version": VERSION,
         "source": origin.as_plain(),
@@ -169,7 +170,21 @@ class _Packing:
         if module is not None and layer is not None and any(s.encoding == "bits" for s in stored):
             self._kernel(path, layer, scaled=any(s.encoding == "kernel_scale" for s in stored))
 
-    def _kernel(self, path: str, layer: Layer, *, scaled: bool) -> None:
+    def called(self, latent: str, calls: list[Layer]) -> None:
+        """A kernel that a forward binarises itself: stored once for all calls of it, not at all if it is a copy."""
+        for layer in calls:
+            first = self.kernels.get(calls[0].path)
+            if first is None:
+                self._kernel(layer.path, layer, scaled=True, latent=latent, calls={c.path for c in calls})
+            elif torch.equal(*(applied_kernel(self.network, c.path) for c in (calls[0], layer))):
+                self.kernels[layer.path] = first | {"bits": f"{calls[0].path}.kernel_bits"}
+            else:
+                raise UsageError(f"{layer.path}: applies {latent} otherwise than {calls[0].path} does; it has no "
+                                 "packed form, make the convolution a module of its own")  # fmt: skip
+
+    def _kernel(
+        self, path: str, layer: Layer, *, scaled: bool, latent: str = "", calls: Set[str] = frozenset()
+    ) -> None:
         applied = applied_kernel(self.network, path)
         zeros = kernel_zeros(applied)
         if zeros and not self.zeros_as_plus:
@@ -184,11 +199,15 @@ class _Packing:
         signs, magnitude = found
         self.tensors[f"{path}.kernel_bits"] = to_bits(signs)
         self.kernels[path] = {"shape": list(applied.shape), "zeros": zeros}
-        if scaled and bool((magnitude == 1).all()):
+        behind = None
+        if latent:
+            behind = scale_beside(self.network, latent, calls, signs, magnitude)
+            self.kernels[path]["latent"] = latent
+        elif scaled and bool((magnitude == 1).all()):
             behind = scale_behind(self.network, path, layer.kernel, signs)
-            if behind is not None:
-                magnitude = behind
-                self.kernels[path]["behind"] = layer.kernel
+        if behind is not None:
+            magnitude = behind
+            self.kernels[path] |= {"latent": latent or f"{path}.{layer.kernel}", "behind": True}
         self.kernels[path]["scale"] = self._scale(path, magnitude.float(), layer, scaled=scaled)
 
     def _scale(self, path: str, magnitude: Tensor, layer: Layer, *, scaled: bool) -> str | None:
@@ -363,14 +382,13 @@ def _give(root: nn.Module, packed: Packed) -> None:
         norm.weight = nn.Parameter(packed.tensors[f"{path}.scale"])
         norm.bias = nn.Parameter(packed.tensors[f"{path}.shift"])
     for path, kernel in packed.header["kernels"].items():
-        signs = from_bits(packed.tensors[f"{path}.kernel_bits"], tuple(kernel["shape"]))
+        signs = from_bits(packed.tensors[kernel.get("bits", f"{path}.kernel_bits")], tuple(kernel["shape"]))
         scaled = signs
         if kernel["scale"] is not None:
             magnitude = packed.tensors[kernel["scale"]].flatten().abs()
             scaled = signs * magnitude.view(-1, *[1] * (signs.ndim - 1))
         module = root.get_submodule(path)
-        if "behind" in kernel:  # its forward takes the scale from the latent kernel, and convolves signs alone
-            latent = module.get_parameter(kernel["behind"])
-            latent.data = scaled.reshape(latent.shape)
-            scaled = signs
-        give_kernel(module, scaled)
+        if "latent" in kernel:  # the forward reads it: its kernel, which is given, or the scale behind it
+            latent: Tensor = fetch(root, kernel["latent"])
+            latent.data = as_stored(scaled, latent.shape)
+        give_kernel(module, signs if kernel.get("behind") else scaled)

@@ -6,10 +6,11 @@ repeat, and everything that asks what it is gets the same answer.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.deploy.zeros import inputs_like
@@ -17,6 +18,7 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.probe import ConvCalls
+from repbnn_cli.static import evaluate, roots, static_nodes
 from repbnn_cli.tracer import fetch
 
 
@@ -74,8 +76,42 @@ def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Ten
     )
 
 
+@torch.no_grad()
+def scale_beside(network: Network, latent: str, calls: Set[str], signs: Tensor, magnitude: Tensor) -> Tensor | None:
+    """The same for a kernel that a forward makes of the tensor `latent` and hands to the convolutions `calls`.
+
+    magnitude: of each filter as applied, (O,). None where ±1 times that can stand for the latent kernel.
+    """
+    module, own = network.module, fetch(network.module, latent).detach()
+    static = static_nodes(network.graph)
+
+    def given(node: fx.Node, user: fx.Node) -> bool:
+        return user.op == "call_module" and user.target in calls and user.args[1] is node
+
+    used = [n for n in static if any(user not in static and not given(n, user) for user in n.users)]
+    used = [n for n in used if any(str(root.target) == latent for root in roots(n))]
+    mean = own.abs().reshape(len(signs), -1).mean(1) if len(own) == len(signs) else magnitude
+    for scale in (magnitude.to(own), mean):
+        stand_in = as_stored(signs.to(own) * scale.view(-1, *[1] * (signs.ndim - 1)), own.shape)
+        before, after = ([evaluate(module, n, held) for n in used] for held in ({}, {latent: stand_in}))
+        if _alike(before, after):
+            return mean if scale is mean else None
+    raise UsageError(
+        f"{latent}: the forward takes more from it than its signs and the mean |w| of each filter; it has no packed "
+        "form, keep a scale in a tensor of its own"
+    )
+
+
+def as_stored(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """(O, I, ...) in the layout of a latent tensor: flat, or (I, O)."""
+    turned = kernel.ndim == 2 and kernel.shape != shape and kernel.T.shape == shape
+    return kernel.T.contiguous() if turned else kernel.reshape(shape)
+
+
 def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(some, others, strict=True))
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(some, others, strict=True)
+    )
 
 
 _made: dict[tuple[type, type], type] = {}

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.deploy.forms import kernel_zeros
+from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network
 from repbnn_cli.probe import ConvCalls
 from repbnn_cli.recognize import Layer
+from repbnn_cli.static import evaluate
 from repbnn_cli.tracer import fetch
 
 
@@ -41,7 +43,7 @@ def in_kernels(network: Network, layers: Mapping[str, Layer]) -> Zeros:
     """Of a network in eval mode: every module with a 1-bit kernel is run once and its kernel watched."""
     found, weights = {}, 0
     for path, layer in layers.items():
-        if layer.binary and layer.kernel:
+        if layer.binary and (layer.kernel or layer.called):
             kernel = applied_kernel(network, path)
             weights += kernel.numel()
             found[path] = kernel_zeros(kernel)
@@ -58,6 +60,10 @@ def in_tensors(tensors: Mapping[str, Tensor]) -> Zeros:
 def applied_kernel(network: Network, path: str) -> Tensor:
     """The kernel that a module really applies, whatever it computes it from: its first convolution is watched."""
     module: nn.Module = fetch(network.module, path)
+    if isinstance(module, ConvolutionCall):
+        call = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
+        computed: Tensor = evaluate(network.module, call.all_input_nodes[1], {})
+        return computed.detach()
     with torch.no_grad(), ConvCalls() as seen:
         module(*inputs_like(network, path))
     kernel: Tensor = seen.calls[0].kernel.detach()
