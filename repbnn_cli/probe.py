@@ -31,6 +31,7 @@ TRANSPOSED_CONVOLUTIONS: dict[Any, str] = {
 
 # Share of a kernel's weights that exact zeros may be: an identity or a Sobel filter is no kernel of signs.
 _MOST_ZEROS = 0.6
+_MOST_CHANCE_ZEROS = 0.05  # with more of them a kernel of −1, 0 and 1 is meant so
 
 _MANY = 64  # values, from which on it can be told how many bits they have
 
@@ -145,7 +146,7 @@ def facts(call: ConvCall) -> ConvFacts:
 
 
 def _kernel_bits(kernel: Tensor) -> int:
-    """1 when each filter has one magnitude (zeros aside, which sign gives for exact zeros) or two values, else 32."""
+    """1 when each filter has two values, a few zeros aside, which sign gives for exact zeros; 2 for −1, 0, 1; else 32."""
     if kernel.is_meta or not kernel.numel():
         return 32
     filters = kernel.detach().reshape(len(kernel), -1)
@@ -155,11 +156,14 @@ def _kernel_bits(kernel: Tensor) -> int:
     zero = magnitude == 0
     if bool(zero.float().mean() > _MOST_ZEROS):
         return 32
-    single = ((magnitude - largest).abs() <= tolerance) | zero
+    single = (((magnitude - largest).abs() <= tolerance) | zero).all(1)
+    two = torch.zeros_like(single)
     if filters.shape[1] > 2:  # two values that are not ± one another: centre and distance per filter, or {0, 1}
         low, high = filters.amin(1, keepdim=True), filters.amax(1, keepdim=True)
-        single = single.all(1) | (((filters - low) <= tolerance) | ((high - filters) <= tolerance)).all(1)
-    return 1 if filters.shape[1] > 1 and bool(single.all()) and bool((largest > 0).any()) else 32
+        two = (((filters - low) <= tolerance) | ((high - filters) <= tolerance)).all(1)
+    if filters.shape[1] == 1 or not bool((single | two).all()) or not bool((largest > 0).any()):
+        return 32
+    return 2 if bool(zero[single & ~two].sum() > _MOST_CHANCE_ZEROS * zero.numel()) else 1
 
 
 def _value_bits(values: Tensor) -> int:

@@ -77,7 +77,7 @@ class Layer:
     @property
     def binary(self) -> bool:
         return self.role in ("binary_conv", "binary_linear") or (
-            self.role == "depthwise_conv" and self.weight_bits == 1
+            self.role == "depthwise_conv" and self.weight_bits <= 2
         )
 
 
@@ -171,7 +171,7 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
     groups = int(getattr(module, "groups", 1))
     linear = isinstance(module, nn.Linear)
     weight_bits = min((c.weight_bits for c in convs), default=32)
-    role = ("binary" if weight_bits == 1 else "float") + ("_linear" if linear else "_conv")
+    role = ("binary" if weight_bits <= 2 else "float") + ("_linear" if linear else "_conv")
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     if groups > 1 and weight.shape[1] == 1:
         role = "depthwise_conv"
@@ -249,7 +249,7 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
 def _role(conv: ConvFacts, weight_bits: int) -> str:
     if conv.groups > 1 and conv.kernel_shape[1] == 1:
         return "depthwise_conv"
-    return ("binary" if weight_bits == 1 else "float") + ("_linear" if conv.kind == "linear" else "_conv")
+    return ("binary" if weight_bits <= 2 else "float") + ("_linear" if conv.kind == "linear" else "_conv")
 
 
 def _axes(

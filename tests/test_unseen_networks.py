@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repbnn_cli import checkpoint, surgery
+from repbnn_cli import checkpoint, profiler, surgery
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.deploy.zeros import applied_kernel
-from repbnn_cli.errors import RepbnnError
+from repbnn_cli.errors import RepbnnError, UsageError
 from repbnn_cli.probe import _kernel_bits
 from repbnn_cli.recognize import recognize
 from repbnn_cli.rules import load
@@ -228,3 +228,31 @@ def test_zeros_as_plus_with_a_scale_behind_the_convolution(tmp_path: Path) -> No
     plus = {"c2": packed.zeros_made_plus(applied_kernel(network, "c2"))}
     found = agreement.compare_modules(network, again.network, images, plus)
     assert found.holds, str(found)
+
+
+class Ternary(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        threshold = 0.7 * self.weight.abs().mean((1, 2, 3), keepdim=True)
+        return F.conv2d(signs(x), self.weight.sign() * (self.weight.abs() > threshold), None, 1, 1)
+
+
+def test_ternary_kernels_have_two_bits() -> None:
+    class Net(Body):
+        def setup(self, c: int) -> None:
+            self.c1 = Ternary(c, c, 3, bias=False)
+
+        def end(self, x: Tensor) -> object:
+            return self.fc(x.mean((2, 3)))
+
+    origin = Origin(None, "net", {}, None, ((3, 8, 8),))
+    network = capture(Net().eval(), origin)
+    layers = recognize(network)
+    assert (layers["c1"].role, layers["c1"].weight_bits) == ("binary_conv", 2)
+    assert profiler.profile(network, layers).totals.bconv == 2 * 64 * 16 * 16 * 9
+    assert certified(Net()).passed
+    with pytest.raises(UsageError, match="c1: its kernel has 2 bits"):
+        packed.pack(network, layers, origin)
+    some = torch.randn(16, 16, 3, 3).sign()
+    some[:, :, 0, 0] = (torch.rand(16, 16) < 0.7) * some[:, :, 0, 0]  # 3 % zeros
+    assert _kernel_bits(some) == 1
+    assert _kernel_bits(torch.randn(16, 16, 3, 3).relu().sign()) == 1  # {0, 1}

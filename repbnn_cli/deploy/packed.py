@@ -185,6 +185,10 @@ class _Packing:
     def _kernel(
         self, path: str, layer: Layer, *, scaled: bool, latent: str = "", calls: Set[str] = frozenset()
     ) -> None:
+        if layer.weight_bits > 1:
+            raise UsageError(
+                f"{path}: its kernel has {layer.weight_bits} bits, −1, 0 and 1; only one has a packed form"
+            )
         applied = applied_kernel(self.network, path)
         zeros = kernel_zeros(applied)
         if zeros and not self.zeros_as_plus:
