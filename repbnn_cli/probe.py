@@ -146,7 +146,7 @@ def facts(call: ConvCall) -> ConvFacts:
 
 
 def _kernel_bits(kernel: Tensor) -> int:
-    """1 when each filter has two values, a few zeros aside, which sign gives for exact zeros; 2 for −1, 0, 1; else 32."""
+    """1 for two values in each filter, a few zeros aside, which sign gives for exact zeros; 2 for −1, 0, 1; else 32."""
     if kernel.is_meta or not kernel.numel():
         return 32
     filters = kernel.detach().reshape(len(kernel), -1)
