@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import checkpoint, result, runs, shapes, source, views
+from repbnn_cli import result, runs, shapes, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed
@@ -107,31 +107,25 @@ def load(
     if target is None:
         target = str(result.newest())
         views.say(f"newest result: {target}")
-    path = Path(target)
-    if targets.is_zoo_name(target):
-        origin = origin_in_zoo(target)
-        targets.check_zoo_agrees(origin, **said, key=key, model=model)
-        return Pupil(target, registry.build(target), origin, target=target)
-    name = _name(path)
-    file = checkpoint.load(path, key=key, unsafe=unsafe)
-    if packed.is_packed(file):
-        again = packed.open_packed(path, model)
-        targets.check_agrees(f"{target} is a packed network", again.origin, **said, key=key)
+    read = targets.found(target, model=model, key=key, unsafe=unsafe, **said)
+    name = _name(Path(target))
+    if read.packed is not None:
+        again = read.packed
         trained_by = again.header.get("training", {}).get("recipe_text")
         return Pupil(name, again.network.module, again.origin, trained_by=trained_by, target=target, packed=again)
-    opened = result.of_file(file, model)
-    if opened is not None:
-        targets.check_agrees(f"{target} is a result", opened.origin, **said, key=key)
-        payload = opened.payload
+    if read.opened is not None:
+        opened, payload = read.opened, read.opened.payload
         stated = (payload["source"]["accuracy"] or {}).get("top1")
         return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
                      target, payload["sha256"], stated)  # fmt: skip
-    src = source.from_file(file, model=model, **said)
-    targets.say_choice(src, key)
-    trained_by = file.metadata.get("recipe_text")
+    assert read.source is not None
+    src = read.source
+    if src.file is None:
+        return Pupil(target, registry.build(target), src.origin, target=target)
+    trained_by = src.file.metadata.get("recipe_text")
     return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,
-                 target=target, sha256=file.sha256,
-                 source_top1=file.accuracy.percent if file.accuracy else None)  # fmt: skip
+                 target=target, sha256=src.file.sha256,
+                 source_top1=src.file.accuracy.percent if src.file.accuracy else None)  # fmt: skip
 
 
 def origin_in_zoo(name: str) -> Origin:

@@ -56,6 +56,41 @@ def zoo_network(name: str, input_size: str | None) -> Source:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a target is: a packed file, a result of `transform`, or a source network, one of the zoo without a file."""
+
+    packed: packed.Opened | None = None
+    opened: result.Result | None = None
+    source: Source | None = None
+
+
+def found(
+    target: str, *, model: str | None = None, key: str | None = None, unsafe: bool = False, rules: str | None = None,
+    **said: str | None,
+) -> Found:  # fmt: skip
+    """The target, read once; what is said of it, and the target says itself, has to agree with that.
+
+    said: what else `source.from_file` takes.
+    """
+    if is_zoo_name(target):
+        src = zoo_network(target, said.get("input_size"))
+        check_zoo_agrees(src.origin, **said, key=key, model=model)
+        return Found(source=src)
+    file = checkpoint.load(target, key=key, unsafe=unsafe)
+    if packed.is_packed(file):
+        again = packed.open_packed(target, model)
+        check_agrees(f"{target} is a packed network", again.origin, **said, key=key, rules=rules)
+        return Found(packed=again)
+    opened = result.of_file(file, model)
+    if opened is not None:
+        check_agrees(f"{target} is a result", opened.origin, **said, key=key, rules=rules)
+        return Found(opened=opened)
+    src = source.from_file(file, model=model, **said)
+    say_choice(src, key)
+    return Found(source=src)
+
+
+@dataclass(frozen=True)
 class Examined:
     """A network to look at: of a result, the Rep network. trained: whether its weights are anybody's."""
 
@@ -85,27 +120,22 @@ def examined(
 ) -> Examined:  # fmt: skip
     """The network of a result, a checkpoint, a packed file, or a zoo name. values: a zoo network gets fresh weights
     instead of zeros, so that it can be run; rules: a rule file that says what some of its modules are."""
-    said = {"arch": arch, "model_args": model_args, "input_size": input_size}
-    if not is_zoo_name(target):
-        file = checkpoint.load(target, key=key, unsafe=unsafe)
-        if packed.is_packed(file):
-            again = packed.open_packed(target, model)
-            check_agrees(f"{target} is a packed network", again.origin, **said, key=key, rules=rules)
-            return Examined(target, again.network, again.layers, again.origin, trained=True, packed=again)
-        opened = result.of_file(file, model)
-        if opened is not None:
-            check_agrees(f"{target} is a result", opened.origin, **said, key=key, rules=rules)
-            network, layers = shapes.rep_network(opened.plan, opened.module)
-            return Examined(target, network, layers, opened.origin, trained=True, opened=opened)
-        src = source.from_file(file, model=model, **said)
-        say_choice(src, key)
-    else:
-        src = zoo_network(target, input_size)
-        check_zoo_agrees(src.origin, **said, key=key, model=model)
-        if values:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                src = replace(src, model=registry.build(target).eval())
+    read = found(
+        target, model=model, key=key, unsafe=unsafe, rules=rules, arch=arch, model_args=model_args,
+        input_size=input_size,
+    )  # fmt: skip
+    if read.packed is not None:
+        again = read.packed
+        return Examined(target, again.network, again.layers, again.origin, trained=True, packed=again)
+    if read.opened is not None:
+        network, layers = shapes.rep_network(read.opened.plan, read.opened.module)
+        return Examined(target, network, layers, read.opened.origin, trained=True, opened=read.opened)
+    assert read.source is not None
+    src = read.source
+    if src.file is None and values:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            src = replace(src, model=registry.build(target).eval())
     declared = rulebook.load(rules) if rules else None
     if declared is not None:
         source.check_declared(src.model, declared)
