@@ -215,7 +215,8 @@ def test_a_sweep_checks_what_its_cells_would_fail_by(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = str(ROOT / "experiments" / "table-3.yaml")
-    for wrong in (["--set", "optimizer.lrr=1"], ["--data", "nosuch:foo"], ["--device", "nonsense"]):
+    twice = ["--epochs", "2", "--set", "epochs=1"]
+    for wrong in (["--set", "optimizer.lrr=1"], ["--data", "nosuch:foo"], ["--device", "nonsense"], twice):
         for mode in ([], ["--dry-run"]):
             assert run(["sweep", file, *wrong, *mode]) == 2
             assert wrong[1].split("=")[0] in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,14 @@ def load(
     return Pupil(name, src.model, src.origin, trained_by=trained_by if isinstance(trained_by, str) else None,
                  target=target, sha256=src.file.sha256,
                  source_top1=src.file.accuracy.percent if src.file.accuracy else None)  # fmt: skip
+
+
+def check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None:
+    """A UsageError for a key of the recipe that `--set` and an option of its own both give."""
+    for key, value in options.items():
+        if value is not None and any(change.partition("=")[0].strip() == key for change in sets):
+            option = "--distill" if key == "distillation.weight" else f"--{key}"
+            raise UsageError(f"{option} {value:g} and --set {key}=...: say the same twice; give one of them")
 
 
 def origin_in_zoo(name: str) -> Origin:

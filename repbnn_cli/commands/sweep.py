@@ -65,6 +65,9 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         pupils.device_of(device)
     check_spec(budget.data)
     made = experiment.file
+    for variant in made.variants.values():
+        sets = (*variant.set, *budget.sets)
+        pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
     for network in made.networks:
         arch = network if network in zoo.ARCHS else None
         if made.recipe is not None:

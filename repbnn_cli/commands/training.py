@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def finetune(
     # What cannot run is said before anything is loaded.
     backends.choose(pupils.device_of(device), backend, gradients)
     compiled.check_mode(compile_mode)
-    _check_once(sets, {"epochs": epochs, "distillation.weight": distill})
+    pupils.check_once(sets, {"epochs": epochs, "distillation.weight": distill})
     torch.manual_seed(seed)
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
@@ -89,14 +89,6 @@ def finetune(
         )  # fmt: skip
     if ranks.first:
         _deliver(pupil, outcome, dataset, output, force=force, as_json=as_json)
-
-
-def _check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None:
-    """A UsageError for a key of the recipe that `--set` and an option of its own both give."""
-    for key, value in options.items():
-        if value is not None and any(change.partition("=")[0].strip() == key for change in sets):
-            option = "--distill" if key == "distillation.weight" else f"--{key}"
-            raise UsageError(f"{option} {value:g} and --set {key}=...: say the same twice; give one of them")
 
 
 def _recipe(
