@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repbnn_cli import profiler, surgery
+from repbnn_cli.channels import plain
 from repbnn_cli.errors import RulesError, SurgeryError
+from repbnn_cli.inherit import Columns, Kernel, Members
 from repbnn_cli.plan import Plan
 from repbnn_cli.recognize import recognize
 from repbnn_cli.rules import RuleSet, load, loads
@@ -167,6 +172,27 @@ def test_the_parameters_of_products_keep_their_layout() -> None:
     rep = surgery.apply(plan)
     shapes = {n: tuple(t.shape) for n, t in rep.named_parameters() if n.startswith("w") or n in ("scale", "bias")}
     assert shapes == {"w1": (32, 8), "w2": (32, 12), "scale": (1, 12), "w3": (16, 48), "w4": (64, 10), "bias": (10,)}
+
+
+@given(
+    groups=st.integers(1, 4), into=st.integers(1, 5), beta=st.sampled_from([1, 2, 4]),
+    taps=st.sampled_from([(), (2, 3)]), inherit=st.sampled_from(["fold", "reshape"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_kernel_stored_inputs_first_is_filled_like_one_stored_outputs_first(
+    groups: int, into: int, beta: int, taps: tuple[int, ...], inherit: str, seed: int
+) -> None:
+    out = groups * beta
+    kernel = torch.randn((out, into, *taps), generator=torch.Generator().manual_seed(seed))
+    index = plain(into, beta)
+    plain_one = Kernel(tuple(kernel.shape), Members(out, beta, inherit), index.index, index.replica)
+    turned_one = replace(plain_one, inputs_first=True)
+    turned = kernel.transpose(0, 1).contiguous()
+    assert torch.equal(turned_one(turned), plain_one(kernel).transpose(0, 1))
+    assert turned_one.result_shape(turned.shape) == tuple(turned_one(turned).shape)
+    assert turned_one.made(turned, turned_one(turned))
+    assert not turned_one.made(turned, turned_one(turned) + 1)
+    columns = Columns(tuple((i,) for i in index.index), 1 / beta)
+    assert torch.equal(replace(columns, axis=0)(turned), columns(kernel).transpose(0, 1))
 
 
 def test_products_are_counted_as_what_they_are() -> None:
