@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from networks import BinaryConv
+from networks import BinaryConv, Sign
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,9 +22,26 @@ CONVS: dict[str, Callable[..., nn.Module]] = {
     "Frac": lambda i, o, k, s: FracConv2d(i, o, k, s, k // 2),
     "flat": lambda i, o, k, s: SignConv2d(i, o, k, s, k // 2, flat=True),
     "float": lambda i, o, k, s: nn.Conv2d(i, o, k, s, k // 2, bias=False),
+    "product": lambda i, o, k, s: PatchesConv(i, o, k, s),
+    "transposed": lambda i, o, k, s: nn.Sequential(nn.MaxPool2d(s), nn.ConvTranspose2d(i, o, k, 1, k // 2)),
 }
 SHORTCUTS = ("convolution", "pool and pad", "slice and pad", "pool and double")
-HEADS = ("average", "flatten", "view", "view(-1, C)", "1x1")
+OTHER_WORDS = {"product", "transposed"}
+HEADS = ("average", "flatten", "view", "view(-1, C)", "1x1", "product", "transposed")
+
+
+class PatchesConv(nn.Module):
+    """A binary convolution as im2col and a product."""
+
+    def __init__(self, into: int, out: int, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+        self.weight = nn.Parameter(torch.randn(out, into * size * size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(Sign.apply(x), self.size, padding=self.size // 2, stride=self.stride)
+        height, width = (-(-n // self.stride) for n in x.shape[2:])
+        return (Sign.apply(self.weight) @ patches).view(x.shape[0], -1, height, width)
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,11 @@ class Spec:
     blocks: tuple[Block, ...]
     head: str
     stem_norm: bool
+
+    @property
+    def in_other_words(self) -> bool:
+        """Whether some of its layers are no ordinary convolution or linear module."""
+        return bool(OTHER_WORDS & {self.head, *(b.conv for b in self.blocks)})
 
 
 class Stage(nn.Module):
@@ -131,11 +153,17 @@ class Network(nn.Module):
         self.channels, self.size = channels, size
         features = channels * size * size if spec.head in ("flatten", "view") else channels
         self.fc = nn.Conv2d(channels, classes, 1) if spec.head == "1x1" else nn.Linear(features, classes)
+        if spec.head == "transposed":
+            self.fc = nn.ConvTranspose2d(channels, classes, 2, 2)
+        if spec.head == "product":
+            self.fc, self.matrix = nn.Identity(), nn.Parameter(torch.randn(channels, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.norm(self.stem(x)))
         head = self.spec.head
-        if head == "1x1":
+        if head == "product":
+            return x.mean((2, 3)) @ self.matrix
+        if head in ("1x1", "transposed"):
             return F.adaptive_avg_pool2d(self.fc(x), 1).flatten(1)
         if head == "flatten":
             return self.fc(torch.flatten(x, 1))
@@ -145,25 +173,29 @@ class Network(nn.Module):
         return self.fc(x.view(-1, self.channels) if head == "view(-1, C)" else x.mean((2, 3)))
 
 
-def blocks(kinds: tuple[str, ...]) -> st.SearchStrategy[Block]:
+def blocks(kinds: tuple[str, ...], convs: list[str]) -> st.SearchStrategy[Block]:
     return st.builds(
         Block,
         kind=st.sampled_from(kinds),
-        conv=st.sampled_from(list(CONVS)),
+        conv=st.sampled_from(convs),
         activation=st.sampled_from(("hardtanh", "prelu", "none")),
         branches=st.integers(2, 3),
         shortcut=st.sampled_from(SHORTCUTS),
     )
 
 
-def specs(*kinds: str) -> st.SearchStrategy[Spec]:
-    """Networks of one to four blocks of these kinds, with at most two that halve the image."""
-    sequences = st.lists(blocks(kinds), min_size=1, max_size=4)
+def specs(*kinds: str, ordinary: bool = False) -> st.SearchStrategy[Spec]:
+    """Networks of one to four blocks of these kinds, with at most two that halve the image.
+
+    ordinary: of convolution and linear modules alone.
+    """
+    convs, heads = ([n for n in names if not ordinary or n not in OTHER_WORDS] for names in (CONVS, HEADS))
+    sequences = st.lists(blocks(kinds, convs), min_size=1, max_size=4)
     few = sequences.filter(lambda chosen: sum(b.kind == "down" for b in chosen) <= 2)
     return st.builds(
         Spec,
         width=st.sampled_from((8, 16)),
         blocks=few.map(tuple),
-        head=st.sampled_from(HEADS),
+        head=st.sampled_from(heads),
         stem_norm=st.booleans(),
     )

@@ -212,6 +212,20 @@ def test_a_captured_product_is_the_product() -> None:
     assert torch.equal(network.module(x), net(x))
 
 
+def test_a_captured_product_learns_as_the_product_does() -> None:
+    """Its gradient is added up in another order where it is a convolution of patches."""
+    net = made(Patches).double()
+    network = capture(net, Origin(None, "net", {}, None, ((3, 8, 8),)))
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    gradients = []
+    for module in (net, network.module):
+        module.zero_grad()
+        module(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 5
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+
+
 class Decoder(Net):
     """Transposed convolutions: in floats with a bias, binary with a scale per filter, and last."""
 

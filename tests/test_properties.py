@@ -50,10 +50,11 @@ def check(spec: Spec, **options: Any) -> None:
     rep = surgery.apply(plan)
     certificate = verify.verify(model, plan, rep, gradients=True)
     assert [c.summary for c in certificate.checks if not c.passed] == []
-    actual, expected, _ = both(model, rep, images())
-    assert_identical(actual, expected)
-    check_shapes(model, rep, beta)
-    check_costs(model, rep)
+    if not spec.in_other_words:  # the reference replaces modules; test_products.py has another for these
+        actual, expected, _ = both(model, rep, images())
+        assert_identical(actual, expected)
+        check_shapes(model, rep, beta)
+        check_costs(model, rep)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
@@ -113,7 +114,7 @@ def test_random_networks(kind: str) -> None:
 
 
 @settings(often, max_examples=15)
-@given(spec=specs(*KINDS["everything"]), train=st.booleans())
+@given(spec=specs(*KINDS["everything"], ordinary=True), train=st.booleans())
 @example(spec=Spec(8, (Block("cat", "foreign", "none", 3), Block("down", "IR-Net", "prelu")), "1x1", False), train=True)
 def test_capture_and_beta_1_are_the_identity(spec: Spec, train: bool) -> None:
     model = network(spec)
@@ -130,7 +131,7 @@ def test_capture_and_beta_1_are_the_identity(spec: Spec, train: bool) -> None:
 
 
 @settings(often, max_examples=10)
-@given(spec=specs("residual", "plain", "down", "gate"), beta=BETAS)
+@given(spec=specs("residual", "plain", "down", "gate", ordinary=True), beta=BETAS)
 def test_batch_norm_before_the_repeat(spec: Spec, beta: int) -> None:
     model = network(spec)
     plan = planned(model, rule="bn-before-repeat", beta=beta)
