@@ -112,7 +112,7 @@ def _entry(module: Any, layer: Layer) -> Entry:
     said: dict[str, Any] = {"role": layer.role}
     if layer.role in CONVOLUTIONS:
         said["kernel"] = layer.kernel
-        if layer.kernel and tuple(fetch(held, layer.kernel).shape) != layer.kernel_shape:
+        if layer.kernel and tuple(fetch(held, layer.kernel).shape) != layer.stored_shape:
             said["kernel_shape"] = list(layer.kernel_shape)
         said["weight_bits"], said["activation_bits"] = layer.weight_bits, layer.activation_bits
     axes = {n: ("out", a) for n, a in layer.out_tensors.items()} | {n: ("in", a) for n, a in layer.in_tensors.items()}

@@ -127,6 +127,26 @@ def capture(
         told = opinion(path, module)
         return path in whole or (path not in opened and is_leaf(module)) if told is None else told
 
+    def looked_into(traced: _Traced) -> _Traced:
+        """The same with modules traced into that are more than one whole layer, as far as they let themselves."""
+        nonlocal opened
+        opened = [p for p, m in _worth_opening(model, traced.graph).items() if opinion(p, m) is None]
+        if not opened:
+            return traced
+        how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
+        try:
+            inside = _in_both_modes(model, examples, policy, shapes_only)
+            attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
+            calls = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
+            layered = [p for p in opened if any(f"{at}.".startswith(f"{p}.") for at in calls)]
+            if layered == opened:
+                return inside
+            opened = layered  # in the others no layer shows, so they had better stay whole
+            return _in_both_modes(model, examples, policy, shapes_only) if opened else traced
+        except CaptureError as error:
+            attempts.append(f"{how}: {error}")
+            return traced
+
     with contextlib.nullcontext() if shapes_only else foreign_code():
         while True:
             how = f"recorded, with {', '.join(whole)} kept whole" if whole else "recorded, every block traced into"
@@ -142,21 +162,7 @@ def capture(
                     raise final from error
                 whole.append(error.module)
         attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
-        opened = [p for p, m in _worth_opening(model, traced.graph).items() if opinion(p, m) is None]
-        if opened:
-            how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
-            try:
-                inside = _in_both_modes(model, examples, policy, shapes_only)
-                attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
-                layers = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
-                plain = [p for p in opened if not any(f"{at}.".startswith(f"{p}.") for at in layers)]
-                if plain:  # no layer of theirs shows, so they had better stay whole
-                    opened = [p for p in opened if p not in plain]
-                    inside = _in_both_modes(model, examples, policy, shapes_only) if opened else traced
-                traced = inside
-            except CaptureError as error:
-                opened = []
-                attempts.append(f"{how}: {error}")
+        traced = looked_into(traced)
     calls = as_modules(traced.graph)
     module = assemble(model, traced, calls)
     notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]

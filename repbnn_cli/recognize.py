@@ -332,14 +332,14 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             f"{rule.where} kernel_shape: {path}.{kernel} holds {tensor.numel()} values, {list(shape)} needs "
             f"{torch.Size(shape).numel()}"
         )
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    convs: list[ConvFacts] = node.meta.get("convs", [])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or any(c.transposed for c in convs)
     if transposed and getattr(module, "groups", 1) > 1:
         raise RulesError(
             f"{rule.where} role: {path} is a grouped {type(module).__name__}, of which no RepConv is made; `role: "
             "weightless` applies it to each replica"
         )
     shape = _turned(shape) if transposed and not rule.kernel_shape else shape
-    convs: list[ConvFacts] = node.meta.get("convs", [])
     declared: dict[str, tuple[str, int]] = {n: (str(p.channels), p.axis) for n, p in rule.per_channel.items()}
     sides = declared | _undeclared(node, module, rule, kernel, shape, declared)
     activation = rule.activation_bits or max((c.activation_bits for c in convs), default=32)

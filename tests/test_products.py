@@ -268,6 +268,35 @@ def test_a_transposed_convolution_costs_its_kernel_at_each_input() -> None:
 DECLARED = "extends: reptran\nmodules:\n  - {match: {path: %s}, role: %s}\n"
 
 
+class OwnUp(nn.Module):
+    """A transposed convolution of a class of its own, with a scale per filter."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(into, out, 2, 2)), nn.Parameter(torch.empty(1, out, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(signs(x), signs(self.weight), stride=2) * self.scale
+
+
+class OwnDecoder(Net):
+    SHARED: ClassVar = {"up.weight": 1, "up.scale": 1}
+
+    def setup(self, c: int) -> None:
+        self.up, self.m, self.fc = OwnUp(c, 24), nn.BatchNorm2d(24), nn.Linear(24, 10)
+
+    def end(self, x: Tensor) -> object:
+        return self.fc(self.m(self.up(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_transposed_convolution_of_a_class_of_its_own(declared: bool) -> None:
+    rules = loads(DECLARED % ("up", "binary_conv")) if declared else None
+    plan = check(OwnDecoder, rules=rules)
+    assert actions(plan)["up"] == "rep_conv"
+    assert tuple(surgery.apply(plan).get_parameter("up.weight").shape) == (32, 12, 2, 2)
+
+
 def test_a_transposed_convolution_can_be_declared_or_tiled() -> None:
     assert actions(check(Decoder, rules=loads(DECLARED % ("up1", "float_conv"))))["up1"] == "rep_conv"
     plan = planned(made(Decoder), rules=loads(DECLARED % ("up1", "weightless")))
