@@ -210,6 +210,9 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
     # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
     others = [n for n in candidates if n not in exact and layout(tuple(tensors[n].shape), shape, shape) is not None]
     kernels = tuple(exact if first.transposed else [*exact, *others] if exact else candidates)
+    learns = any(True for _ in module.parameters())
+    if not learns and (not kernels or first.kernel_shape[:2] == (1, 1)):
+        return Layer(path, "weightless", f"{name} applies a fixed filter, made in its forward or for one channel")
     if not kernels:
         return unknown(
             f"holds no tensor of the kernel {stored} that it applies",

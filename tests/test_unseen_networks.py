@@ -230,6 +230,38 @@ def test_zeros_as_plus_with_a_scale_behind_the_convolution(tmp_path: Path) -> No
     assert found.holds, str(found)
 
 
+class Blur(nn.Module):
+    """Antialiasing as it is written: one fixed filter, for as many channels as there are."""
+
+    def __init__(self, c: int, how: str) -> None:
+        super().__init__()
+        self.how, self.c = how, c
+        self.register_buffer("filter", torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if self.how == "as samples":
+            return F.conv2d(x.reshape(n * c, 1, h, w), self.filter, None, 2, 1).view(n, c, h // 2, w // 2)
+        if self.how == "own number":
+            return F.conv2d(x, self.filter.repeat(self.c, 1, 1, 1), None, 2, 1, groups=self.c)
+        filters = self.filter.expand(c, -1, -1, -1) if self.how == "expand" else self.filter.repeat(c, 1, 1, 1)
+        return F.conv2d(x, filters, None, 2, 1, groups=c)
+
+
+@pytest.mark.parametrize("how", ["repeat", "expand", "own number", "as samples"])
+def test_a_fixed_filter_made_for_the_channels_there_are(how: str) -> None:
+    class Net(Body):
+        def setup(self, c: int) -> None:
+            self.blur = Blur(c, how)
+
+        def end(self, x: Tensor) -> object:
+            return self.fc(self.blur(x).mean((2, 3)))
+
+    assert certified(Net()).passed
+    network = capture(Net().eval(), Origin(None, "net", {}, None, ((3, 8, 8),)))
+    assert profiler.profile(network, recognize(network)).totals.conv == 64 * 27 * 16 + 16 * 16 * 9
+
+
 class Ternary(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         threshold = 0.7 * self.weight.abs().mean((1, 2, 3), keepdim=True)
