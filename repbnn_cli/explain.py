@@ -231,12 +231,15 @@ class Explainer:
         return step.state if step is not None else None
 
     def _maps(self, node: fx.Node) -> Iterator[ChannelMap]:
-        edited = _subject(node) in self.edits
+        edit = self.edits.get(_subject(node))
+        action = edit.action if edit is not None else ""
         for source in node.all_input_nodes:
             value = source.meta["value"]
             if isinstance(value, Tensor) and source.op != "get_attr":
                 state = self._state(source)
-                if edited and isinstance(state, Folded):  # unfolded for it
+                if action == "first_replica":
+                    state = None
+                elif action not in ("", "per_replica") and isinstance(state, Folded):  # unfolded for it
                     state = plain(value.shape[1], self.plan.beta)
                 yield channel_map(state, tuple(value.shape[1:]))
 

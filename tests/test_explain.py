@@ -271,3 +271,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_rules_can_be_read_where_they_were_written() -> None:
     assert rule_set().rules[0].where.endswith(".yaml:22")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.c, self.norm = conv(8, 8), nn.BatchNorm2d(8)
+        self.last = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.c(self.bn(self.stem(x))))
+        return self.last(x.mean(2).transpose(1, 2))[0][:, -1]
+
+
+def test_what_takes_one_replica_is_told_what_it_takes() -> None:
+    told = story(explainer(Recurrent(), last_layer="1_over_beta"), "last")
+    assert "takes one of the 2 replicas and stays as it is" in told.what
+    assert [(m.before, m.after, m.index) for m in told.inputs] == [((8, 8), (8, 8), None)]
