@@ -56,6 +56,11 @@ class Tiled:
         return all(i == j % self.source for j, i in enumerate(self.index))
 
     @property
+    def first(self) -> tuple[int, ...]:
+        """For each source channel, the first channel that stands for it."""
+        return tuple(self.index.index(c) for c in range(self.source))
+
+    @property
     def replica(self) -> tuple[int, ...]:
         """For each channel, how many channels before it stand for the same source channel."""
         seen: dict[int, int] = {}

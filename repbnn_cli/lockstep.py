@@ -309,7 +309,7 @@ class Lockstep:
         if isinstance(state, Compact):
             return torch.cat([actual] * (channels // state.channels), 1)
         if isinstance(state, Tiled):
-            return actual[:, [state.index.index(c) for c in range(channels)]]
+            return actual[:, list(state.first)]
         return actual.clone()
 
 

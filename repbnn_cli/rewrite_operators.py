@@ -69,6 +69,7 @@ class OperatorWalk(Walk):
                 "that could take β times as many inputs", "`--last-layer 1_over_beta`, or `share: 1_over_beta` in the "
                 "rule, gives it one replica of each channel",
             )  # fmt: skip
+        ended: dict[fx.Node, fx.Node] = {}
         for operand in self._expanded(node):
             state, value = self._made[operand].state, operand.meta["value"]
             if isinstance(state, Folded) and not _unfoldable(operand, self.network):
@@ -78,10 +79,10 @@ class OperatorWalk(Walk):
             elif not isinstance(value, Tensor):
                 self._refuse(node, f"{what} ends the expansion and takes a tuple of tensors", "end it behind")
             else:
-                first = torch.tensor([self._map(operand).index.index(c) for c in range(value.shape[1])])
+                first = torch.tensor(self._map(operand).first)
                 one = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(first), self._as_tiled(operand))
-            self._ended[operand] = one
-        new = self._copy_mapped(node, lambda n: self._ended.get(n, self._made[n].node))
+            ended[operand] = one
+        new = self._copy_mapped(node, lambda n: ended.get(n, self._made[n].node))
         self._keep(node, new, None)
         self._plain_edit(node, rule, "first_replica")
         return True

@@ -56,7 +56,6 @@ class Walk:
         self.notes: list[str] = []
         self.by_position: list[str] = []
         self._made: dict[fx.Node, Made] = {}
-        self._ended: dict[fx.Node, fx.Node] = {}  # one replica of an expanded tensor
         self._static = static_nodes(network.graph)
         self._weighs = weighs(network, layers)
         # Parameters that expanded tensors read as they are, through a selection: they must not be resized elsewhere.

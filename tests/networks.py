@@ -31,6 +31,29 @@ class Sign(torch.autograd.Function):
         return grads[0] * (x.abs() <= 1)
 
 
+class PlusSign(torch.autograd.Function):
+    """±1, +1 for 0; the gradient passes everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, 1.0, -1.0).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def signs(x: Tensor) -> Tensor:
+    return PlusSign.apply(x)
+
+
+class BConv(nn.Conv2d):
+    """A binary 3×3 convolution without scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(signs(x), signs(self.weight), None, 1, 1)
+
+
 class BinaryConv(nn.Conv2d):
     """A Conv2d subclass that binarises both operands inside and scales by mean|w| per filter."""
 

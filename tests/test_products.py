@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import BConv, signs
 from torch import Tensor, nn
 
 from repbnn_cli import profiler, surgery
@@ -22,26 +23,6 @@ from repbnn_cli.recognize import recognize
 from repbnn_cli.rules import RuleSet, load, loads
 from repbnn_cli.source import Origin, capture
 from repbnn_cli.verify import verify
-
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.where(x >= 0, 1.0, -1.0).to(x)
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
-        return g
-
-
-def signs(x: Tensor) -> Tensor:
-    result: Tensor = Sign.apply(x)  # type: ignore[no-untyped-call]
-    return result
-
-
-class BConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(signs(x), signs(self.weight), None, 1, 1)
 
 
 class Net(nn.Module):
