@@ -15,13 +15,13 @@ Operators that are in none of the tables below are tested (`trials`); what fails
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from repbnn_cli.proxies import INPLACE
 from repbnn_cli.tracer import FunctionCall
 
 
@@ -122,10 +122,9 @@ POINTWISE = frozenset((
     "silu", "mish", "hardswish", "hardsigmoid", "softplus", "softsign", "threshold", "exp", "log", "sqrt", "rsqrt",
     "square", "reciprocal", "sin", "cos", "erf", "round", "floor", "ceil", "where", "maximum", "minimum", "eq", "ne",
     "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "lerp", "addcmul", "addcdiv", "float",
-    "double", "half", "to", "type", "type_as", "clone", "contiguous", "detach", "identity", "radd", "rsub", "rmul",
-    "iadd", "isub", "imul", "itruediv", "rtruediv", "masked_fill", "nan_to_num", "heaviside", "isnan", "and_", "or_",
-    "invert", "bool", "int", "long", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like",
-    "requires_grad_", "mod", "remainder", "fmod",
+    "double", "half", "to", "type", "type_as", "clone", "contiguous", "detach", "identity", "rsub",
+    "masked_fill", "nan_to_num", "heaviside", "isnan", "and", "or", "xor", "invert", "bool", "int", "long",
+    "zeros_like", "ones_like", "full_like", "empty_like", "requires_grad", "mod", "remainder", "fmod",
 ))  # fmt: skip
 # Position by position of the spatial axes, each channel alone.
 SPATIAL = frozenset((
@@ -135,7 +134,7 @@ SPATIAL = frozenset((
 ))  # fmt: skip
 # Random per element: copies must be drawn apart, so the repeat comes first.
 RANDOM = frozenset((
-    "dropout", "alpha_dropout", "dropout2d", "feature_dropout", "bernoulli", "rrelu",
+    "dropout", "alpha_dropout", "dropout2d", "feature_dropout", "bernoulli", "rrelu", "rand_like", "randn_like",
 ))  # fmt: skip
 REDUCE = frozenset((
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "prod", "any", "all",
@@ -144,8 +143,8 @@ REDUCE = frozenset((
 FOLDABLE = frozenset((
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "chunk", "split",
     "tensor_split", "narrow", "select", "getitem", "pad", "stack", "roll", "flip", "channel_shuffle", "pixel_shuffle",
-    "pixel_unshuffle", "unsqueeze", "squeeze", "softmax", "log_softmax", "cat", "concat", "index_select", "expand",
-    "expand_as", "repeat", "unbind", "unfold", "einops", "normalize", "view_as", "reshape_as", "cumsum", "sort",
+    "pixel_unshuffle", "unsqueeze", "squeeze", "softmax", "log_softmax", "index_select", "expand",
+    "expand_as", "repeat", "unbind", "unfold", "normalize", "view_as", "reshape_as", "cumsum", "sort",
     "topk", "argmax", "gather", "matmul", "bmm",
 ))  # fmt: skip
 _SPATIAL_MODULES = (
@@ -173,9 +172,7 @@ def operator_name(node: fx.Node) -> str:
         if not known.startswith(("torch", "_operator", "operator", "math", "builtins")) and known:
             return f"{known}.{name}"
     stripped = name.rstrip("_") if not name.startswith("_") else name
-    if target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
-        return stripped[1:]
-    return stripped
+    return stripped[1:] if name in INPLACE else stripped
 
 
 def kind_of_module(module: nn.Module) -> str:

@@ -344,7 +344,8 @@ def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
                 _restore(module, saved)
             with torch.no_grad():
                 for tensor, data, value in tensors:
-                    tensor.data = data.copy_(value)
+                    # What was not written to need not be writable: `register_buffer("blur", kernel.expand(...))`.
+                    tensor.data = data if torch.equal(data, value) else data.copy_(value)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -363,5 +364,5 @@ def _restore(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _as_shapes(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    numbers = tuple(n for n in shape if isinstance(n, int))
-    return (numbers,) if len(numbers) == len(shape) else tuple(tuple(s) for s in shape if not isinstance(s, int))
+    shapes = [s if isinstance(s, Sequence) else None for s in shape]
+    return tuple(tuple(s) for s in shape) if any(shapes) else (tuple(int(n) for n in shape),)  # type: ignore

@@ -14,6 +14,7 @@ made it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -103,7 +104,7 @@ class Lockstep:
                     for edit in self.edits.values():
                         if edit.path in self._merging:
                             merging.enter_context(self._standing_in(edit, fetch(model, edit.path)))
-                    eager = model(*inputs)
+                    eager = model(*(x.clone() for x in inputs))
             self._advance(None)
         source_out, rep_out = (next(iter(reversed(g.nodes))) for g in (self.source_graph, self.rep.graph))
         self.given = fx.map_arg(source_out.args[0], self._source_value)
@@ -277,7 +278,8 @@ class Lockstep:
         else:
             terms = self._terms.get(str(node.target), 0.0) if node.op == "call_module" else 0.0
             least = max(torch.finfo(wanted.dtype).tiny, _CANCELLED * terms)
-            relative = float((actual - wanted).abs().max() / wanted.abs().max().clamp_min(least))
+            largest = wanted.abs().nan_to_num(0, 0).max()  # of the finite ones: attention masks with −inf
+            relative = float(_gap(actual, wanted).max() / largest.clamp_min(least))
         place = str(node.target) if node.op == "call_module" else f"{node.meta.get('path', '')}:{node.name}"
         if not relative <= TOLERANCE.get(wanted.dtype, 2e-4):  # also true for nan
             self.failed.append(place)
@@ -391,4 +393,10 @@ def difference(a: Any, b: Any) -> float:
     left, right = tensors_of(a), tensors_of(b)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    return max((float((x * 1 - y * 1).abs().max()) for x, y in zip(left, right, strict=True) if x.numel()), default=0.0)
+    gaps = [float(_gap(x, y).max()) for x, y in zip(left, right, strict=True) if x.numel()]
+    return float("nan") if any(map(math.isnan, gaps)) else max(gaps, default=0.0)
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """|a − b|; 0 where both are the same infinity."""
+    return torch.where(a == b, 0, a * 1 - b * 1).abs()

@@ -38,7 +38,7 @@ def is_write(node: fx.Node) -> bool:
             return True
     else:
         return False
-    return name.endswith("_") and not name.endswith("__")
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
 
 
 def join(longer: fx.Graph, shorter: fx.Graph, *, training: bool) -> bool:

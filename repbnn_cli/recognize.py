@@ -24,7 +24,7 @@ from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
-from repbnn_cli.trials import example_inputs, first_tensor, is_read, mixes_channels, module_acts_per_sample
+from repbnn_cli.trials import first_tensor, is_read, mixes_channels, module_acts_per_sample, random_like
 from repbnn_cli.wording import some
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
@@ -120,7 +120,8 @@ def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: Mod
         return Layer(path, "unknown", f"is a grouped {type(module).__name__}, of which no RepConv is made; `role: "
                      "weightless` (rule file: `modules:`) applies it to each replica")  # fmt: skip
     if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and (
-        type(module).__module__.startswith("torch.nn.") or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)
+        type(module).__module__.startswith("torch.nn.modules.")
+        or (isinstance(module, nn.Linear | nn.Conv2d) and not convs)
     ):
         return _torch_conv(path, module, convs)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -260,7 +261,7 @@ def _axes(
 ) -> dict[str, tuple[str | None, int]]:
     """For each tensor beside the kernel: "out", "in", "none" or None (cannot be told), and the axis it is about."""
     # Only the first argument has channels; others may be thresholds or modes.
-    given = example_inputs(node, next(iter(tensors.values())))
+    given = random_like(node.args, next(iter(tensors.values())).device)
 
     def probe(training: bool | None) -> Probe:
         def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:

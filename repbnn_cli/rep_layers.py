@@ -52,10 +52,11 @@ class RepMixin:
 
     rep_beta: int
     rep_repeats: int
+    rep_groups: int = 1
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        compact = super().forward(x, *operands)  # type: ignore[misc]
-        return repeat_channels(compact, self.rep_repeats, getattr(self, "groups", 1))
+    def forward(self, x: Tensor, *operands: Any, **options: Any) -> Tensor:
+        compact = super().forward(x, *operands, **options)  # type: ignore[misc]
+        return repeat_channels(compact, self.rep_repeats, self.rep_groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, beta={self.rep_beta}, repeats={self.rep_repeats}"  # type: ignore[misc]
@@ -75,7 +76,7 @@ class RepConv2d(RepMixin, nn.Conv2d):
                 f"RepConv2d: beta {beta} does not divide {out_channels // groups} output channels{of_groups}"
             )
         super().__init__(in_channels * beta, out_channels // beta, *args, **kwargs)
-        self.rep_beta, self.rep_repeats = beta, beta * beta
+        self.rep_beta, self.rep_repeats, self.rep_groups = beta, beta * beta, groups
 
 
 class RepBconv2d(RepMixin):
@@ -100,7 +101,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RepConv2d, nn.Linea
 _made: dict[tuple[type, type], type] = {}
 
 
-def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool) -> nn.Module:
+def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool, groups: int = 1) -> nn.Module:
     """Turns a convolution or linear layer, already resized to (O/b, I·b), into its repeating form, in place.
 
     Only the class changes: tensors, names, hooks and attributes stay. isinstance(module, RepBconv2d) holds for every
@@ -115,7 +116,7 @@ def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool) -> nn.
         if key not in _made:
             _made[key] = type(f"Rep{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
         module.__class__ = _made[key]
-    module.rep_beta, module.rep_repeats = beta, repeats  # type: ignore[assignment]
+    module.rep_beta, module.rep_repeats, module.rep_groups = beta, repeats, groups  # type: ignore[assignment]
     return module
 
 

@@ -192,7 +192,8 @@ class ModuleWalk(OperatorWalk):
         assert isinstance(x, fx.Node)
         state = self._made[x].state
         module = fetch(self.network.module, layer.path)
-        names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.ndim == 1]
+        names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) 
+                 if t.shape == (module.num_features,)]  # fmt: skip
         before = f"({module.num_features})"
         shares = isinstance(state, Compact) and type(module) in _SHAREABLE_BATCH_NORMS
         if shares and isinstance(state, Compact) and state.batch_norm == "after_batch_norm":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import (
@@ -33,7 +34,7 @@ from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
-from repbnn_cli.trials import acts_per_sample, commutes
+from repbnn_cli.trials import acts_per_sample, commutes, random_like
 from repbnn_cli.walk import Walk, shape_text, subject_of
 
 
@@ -106,7 +107,7 @@ class OperatorWalk(Walk):
             single
             and isinstance(before, Tensor)
             and isinstance(after, Tensor)
-            and kind in ("fold", "flatten", "opaque")
+            and (kind in ("fold", "flatten") or isinstance(call, nn.Unfold) or node.target is F.unfold)
         ):
             if is_flatten(before, after):
                 state = self._map(expanded[0])
@@ -158,7 +159,7 @@ class OperatorWalk(Walk):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: given.get(n, n.meta["value"]))
             return call(*args, **kwargs) if call is not None else None
 
-        inputs = [_random_like(n) for n in varied]
+        inputs = random_like(varied)
         try:
             if call is not None and held and self._takes_tiled(node, run, varied, held):
                 return "per_channel"
@@ -184,7 +185,7 @@ class OperatorWalk(Walk):
         self, node: fx.Node, run: Callable[..., Any], varied: list[fx.Node], held: dict[fx.Node, Any]
     ) -> bool:
         """Whether a function with per-channel parameters (F.batch_norm, F.prelu) follows when these are tiled, too."""
-        x, value = _random_like(varied[0]), node.meta["value"]
+        x, value = random_like(varied)[0], node.meta["value"]
         if len(varied) != 1 or not isinstance(value, Tensor) or x.ndim < 2 or value.shape != x.shape:
             return False
         order = torch.arange(x.shape[1]).flip(0).repeat(2)
@@ -398,14 +399,6 @@ def _channel_axis(tensor: Tensor, x: Tensor) -> int | None:
     if tensor.ndim == x.ndim and tensor.shape[1] == x.shape[1]:
         return 1
     return 0 if 0 < tensor.ndim < x.ndim and tensor.shape[0] == x.shape[1] and tensor.numel() > 1 else None
-
-
-def _random_like(arg: Any) -> Any:
-    value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
-    if not isinstance(value, Tensor):
-        return value
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(value.shape, generator=generator).to(value.dtype)
 
 
 def _with_ndim(x: Tensor, ndim: int) -> Tensor:

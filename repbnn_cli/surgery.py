@@ -170,12 +170,12 @@ def _carry_out(
         module.resize(*edit.channels)
     _set_tensors(module, edit, made, state, start)
     _set_known_numbers(module, edit)
-    if not type(module).__module__.startswith(("torch.nn.", "repbnn_cli.")):
+    if not type(module).__module__.startswith(("torch.nn.modules.", "repbnn_cli.")):
         _fit_numbers(module, edit, layer, plan.network)
     if isinstance(module, RBNNConv2d) and state is None:
         module.rotate_()  # R1 and R2 have other sizes now
     if edit.action == "rep_conv":
-        make_rep(module, plan.beta, edit.repeats, binary=layer.binary)
+        make_rep(module, plan.beta, edit.repeats, binary=layer.binary, groups=layer.groups)
     elif edit.action == "rep_batch_norm":
         module.__class__ = _REP_BATCH_NORM[type(module)]
         module.beta, module.repeats = plan.beta, edit.repeats
@@ -241,7 +241,8 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     """Updates cached channel numbers of somebody else's module: those declared, then as few as make it run."""
     assert edit.channels is not None
     into, out = edit.channels
-    new_shape = (out, into // max(1, getattr(module, "groups", 1)), *layer.kernel_shape[2:])
+    groups = into if edit.action == "depthwise" else layer.groups
+    new_shape = (out, into // groups, *layer.kernel_shape[2:])
     fan_in = torch.Size(new_shape[1:]).numel()
     new_shape = (into, out, *new_shape[2:]) if layer.inputs_first else new_shape
     values: dict[str, Any] = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}

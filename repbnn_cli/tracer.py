@@ -158,15 +158,19 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """One placeholder per example; arguments with defaults keep them, as in an ordinary call."""
         names = [
-            p.name for p in list(inspect.signature(root_fn).parameters.values())[1:] if p.kind is not p.VAR_POSITIONAL
+            p.name for p in inspect.signature(self.root.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
         ]
         names += [f"input_{i}" for i in range(len(names), len(self.examples))]
         proxies = [self.create_proxy("placeholder", n, (), {}) for n in names[: len(self.examples)]]
-        return root_fn, [self.root, *proxies]
+        # Not root_fn, the class's forward: `model.forward = ...` may have replaced it.
+        return (lambda root, *inputs: root.forward(*inputs)), [self.root, *proxies]
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
+        if kind == "call_function" and not args and (first := kwargs.keys() & {"input", "tensors"}):
+            name_of_first = first.pop()  # torch.mean(input=x, dim=1), torch.cat(tensors=[x, y])
+            args, kwargs = (kwargs[name_of_first],), {k: v for k, v in kwargs.items() if k != name_of_first}
         if kind in ("call_function", "call_method"):
             product = products.find(target, args, kwargs, self.values, self._fixed)
             if product is not None:
@@ -212,6 +216,9 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if m is not self.root and m not in (self.submodule_paths or {}):  # made in a forward: `nn.Sigmoid()(x)`
             return forward(*args, **kwargs)
+        if kwargs:  # `bn(input=x)` as `bn(x)`: what a module is given is looked for among the positional arguments
+            bound = inspect.signature(m.forward).bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,16 +11,14 @@ from torch import Tensor, fx, nn
 from repbnn_cli.graph import unchanged
 
 
-def example_inputs(node: fx.Node, like: Tensor) -> list[Any]:
-    generator = torch.Generator(device=like.device).manual_seed(0)
-
-    def example(arg: Any) -> Any:
-        value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
-        if not isinstance(value, Tensor):
-            return value
-        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=like.device)
-
-    return [example(a) for a in node.args]
+def random_like(arguments: Iterable[Any], device: torch.device | str = "cpu") -> list[Any]:
+    """Arguments of a call with random numbers, all different, for the tensors among them."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    values = [a.meta["value"] if isinstance(a, fx.Node) else a for a in arguments]
+    return [
+        torch.randn(v.shape, generator=generator, device=device).to(v.dtype) if isinstance(v, Tensor) else v
+        for v in values
+    ]
 
 
 def first_tensor(value: Any) -> Tensor:
@@ -54,7 +52,7 @@ def is_read(module: nn.Module, path: str, inputs: list[Any]) -> bool:
 
 def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor) -> bool:
     """Whether a result's channels change when others of the input do."""
-    x, *others = example_inputs(node, like)
+    x, *others = random_like(node.args, like.device)
     half = x.shape[1] // 2
     changed = torch.cat([x[:, :half] * 0.5 - 0.1, x[:, half:]], 1)
     results = []
@@ -75,7 +73,7 @@ def module_acts_per_sample(node: fx.Node, module: nn.Module, like: Tensor) -> bo
 
         return run
 
-    inputs = example_inputs(node, like)
+    inputs = random_like(node.args, like.device)
     return all(acts_per_sample(call(training), inputs) for training in (True, False))
 
 

@@ -125,7 +125,7 @@ class Walk:
                 made.folded = made.node
             elif made.state is None:
                 batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.network.batch
-                if node.op == "get_attr" or not batched:
+                if node in self._static or not batched:
                     made.folded = made.node
                 else:
                     made.folded = self.graph.call_function(rep_layers.repeat_batch, (made.node, self.beta))
@@ -151,7 +151,7 @@ class Walk:
 
     def _add(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
         path = name
-        while path in self.added:
+        while path in self.added or hasattr(self.network.module, path):
             path += "_"
         self.added[path] = module
         return self.graph.call_module(path, (x,))
@@ -183,9 +183,9 @@ class Walk:
 
     def _size_of(self, node: fx.Node) -> tuple[fx.Node, int] | None:
         """The tensor and axis whose size a node reads: x.size(1), x.shape[1]."""
-        if len(node.args) < 2 or not isinstance(node.args[1], int) or not isinstance(node.args[0], fx.Node):
+        of, dim = (*node.args, *node.kwargs.values(), None, None)[:2]  # x.size(dim=1)
+        if not isinstance(of, fx.Node) or not isinstance(dim, int):
             return None
-        of, dim = node.args[0], node.args[1]
         if operator_name(node) == "getitem" and isinstance(of.meta["value"], torch.Size):
             sizes = [n for n in of.all_input_nodes if isinstance(n.meta["value"], Tensor)]
             of = sizes[0] if len(sizes) == 1 and operator_name(of) in ("size", "getattr") else node
