@@ -78,6 +78,10 @@ class BinaryConv2d(nn.Module):
         self.padding = _pair(padding)
         self.weight = nn.Parameter(torch.empty(self.kernel_shape))
         self._start_kernel(self.weight)
+        self._add_tensors()
+
+    def _add_tensors(self) -> None:
+        """What a kind has beside its kernel: tensors, and the state of a schedule."""
 
     def _start_kernel(self, kernel: Tensor) -> None:
         nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
@@ -145,15 +149,7 @@ class IRConv2d(BinaryConv2d):
     Source: IR-Net, Qin et al., arXiv 1909.10788, sections 3.2 (Libra) and 3.3 (EDE).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+    def _add_tensors(self) -> None:
         self.t, self.k = _schedule_end()
 
     def binary_weight(self) -> Tensor:
@@ -178,17 +174,9 @@ class RBNNConv2d(BinaryConv2d):
     R1: Tensor
     R2: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
-        self.rotate = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
+    def _add_tensors(self) -> None:
+        self.alpha = nn.Parameter(torch.empty(self.out_channels, 1, 1))
+        self.rotate = nn.Parameter(torch.empty(self.out_channels, 1, 1, 1))
         nn.init.uniform_(self.alpha)
         nn.init.constant_(self.rotate, math.pi / 2)
         n1, n2 = self._rotation_sizes()
@@ -250,16 +238,8 @@ class ReCUConv2d(BinaryConv2d):
     out_channel_tensors: ClassVar[tuple[str, ...]] = ("alpha",)
     tau: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.alpha = nn.Parameter(torch.empty(out_channels, 1, 1))
+    def _add_tensors(self) -> None:
+        self.alpha = nn.Parameter(torch.empty(self.out_channels, 1, 1))
         self.register_buffer("tau", torch.tensor(0.85))
         nn.init.uniform_(self.alpha)
 
@@ -341,16 +321,8 @@ class GatedConv2d(FracConv2d):
     out_channel_tensors: ClassVar[tuple[str, ...]] = ("threshold",)
     activation_bits: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.threshold = nn.Parameter(torch.empty(1, out_channels, 1, 1))
+    def _add_tensors(self) -> None:
+        self.threshold = nn.Parameter(torch.empty(1, self.out_channels, 1, 1))
         nn.init.constant_(self.threshold, -1.0)
 
     def binarize_input(self, x: Tensor) -> Tensor:

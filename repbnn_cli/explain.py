@@ -123,7 +123,7 @@ class Explainer:
         self.nodes: dict[str, list[fx.Node]] = {}
         for node in self.plan.network.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                self.nodes.setdefault(_subject(node), []).append(node)
+                self.nodes.setdefault(subject_of(node), []).append(node)
         subjects = surgery.subjects(self.plan.network, dict(self.plan.layers))
         self.positions = {s.path: s.position for s in subjects}
         claims = self.plan.rules.assign(subjects) if self.plan.beta > 1 else {}
@@ -231,7 +231,7 @@ class Explainer:
         return step.state if step is not None else None
 
     def _maps(self, node: fx.Node) -> Iterator[ChannelMap]:
-        edit = self.edits.get(_subject(node))
+        edit = self.edits.get(subject_of(node))
         action = edit.action if edit is not None else ""
         for source in node.all_input_nodes:
             value = source.meta["value"]
@@ -271,8 +271,8 @@ class Explainer:
             if at in seen or not holds_tensor(at.meta.get("value")):
                 continue
             seen.add(at)
-            if at.op != "placeholder" and _subject(at) in self.edits:
-                found[_subject(at)] = None
+            if at.op != "placeholder" and subject_of(at) in self.edits:
+                found[subject_of(at)] = None
             else:
                 todo += at.all_input_nodes
         return list(found)
@@ -288,7 +288,7 @@ class Explainer:
             if at in seen or at.op == "output":
                 continue
             seen.add(at)
-            subject = _subject(at)
+            subject = subject_of(at)
             if subject in self.edits:
                 found[subject] = None
             layer = self.plan.layers.get(subject)
@@ -311,7 +311,3 @@ class Explainer:
         inner = [p for p in known if p.endswith(f".{path}")]
         hint = f"; it has {', '.join(sorted(inner)[:3])}" if inner else nearest(path, sorted(known))
         raise UsageError(f"{path}: the network has no such module{hint}; without a path, all of it is explained")
-
-
-def _subject(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else subject_of(node)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,11 +110,7 @@ def capture(
     Raises CaptureError naming file, line and construct.
     """
     shapes = _as_shapes(input_shape)
-    like = next(iter(model.parameters()), torch.zeros(()))
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    examples = tuple(
-        torch.randn((batch, *s), generator=generator, dtype=like.dtype, device=like.device) for s in shapes
-    )
+    examples = tuple(random_inputs(model, [(batch, *s) for s in shapes], seed=0))
 
     whole: list[str] = []
     opened: list[str] = []
@@ -167,6 +163,13 @@ def capture(
     module = assemble(model, traced, calls)
     notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]
     return Network(module, tuple(tuple(e.shape) for e in examples), notes, tuple(attempts))
+
+
+def random_inputs(model: nn.Module, shapes: Iterable[Sequence[int]], *, seed: int) -> list[Tensor]:
+    """Normal numbers of these shapes, in the dtype and on the device of the network's first parameter."""
+    like = next(iter(model.parameters()), torch.zeros(()))
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    return [torch.randn(tuple(s), generator=generator, dtype=like.dtype, device=like.device) for s in shapes]
 
 
 def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
@@ -274,7 +277,7 @@ def assemble(model: nn.Module, traced: _Traced, added: Mapping[str, nn.Module]) 
     tree = _skeleton(model, "", traced.tracer)
     for path, module in added.items():
         owner, _, name = path.rpartition(".")
-        (tree.get_submodule(owner) if owner else tree).add_module(name, module)
+        tree.get_submodule(owner).add_module(name, module)
     for name, value in traced.constants.items():
         tree.register_buffer(name, value, persistent=False)
     return KeptGraphModule(tree, traced.graph, class_name=type(model).__name__)

@@ -7,7 +7,7 @@ Source: RepBNN, arXiv 2207.09049, section 3; carrying weights over is this tool'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,9 +77,16 @@ class Mean:
         return f"mean of {self.members.beta}"
 
 
+def turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(O, I, k...) ↔ (I, O, k...)."""
+    return (shape[1], shape[0], *shape[2:])
+
+
 def layout(stored: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape in which a kernel `new` is stored where one of `shape` is stored as `stored`, whose axes are products
     of neighbouring axes of `shape`: (O, 1, I·k·k), (O·I·k·k, 1). None where they are not."""
+    if stored == shape:
+        return new
     result: list[int] = []
     at = 0
     for size in stored:
@@ -98,55 +105,48 @@ class Kernel:
     """The kernel (O, I, k...) as (O/b, I·b, k...): K[o, j] = W[members[o][replica[j]], column[j]].
 
     column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
-    shape: (O, I, k...). flat: whether the module keeps it in another layout: (N, 1), or (O, 1, I·k·k).
-    inputs_first: whether it is kept as (I, O, k...), as `x @ w` takes it.
+    shape: (O, I, k...), in which it is stored, or in another `layout`, which it then keeps.
+    inputs_first: whether it is stored as (I, O, k...), as `x @ w` takes it.
     """
 
     shape: tuple[int, ...]
     members: Members
     column: tuple[int, ...]
     replica: tuple[int, ...]
-    flat: bool = False
     inputs_first: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if self.inputs_first:
-            return self._outputs_first(tensor.transpose(0, 1)).transpose(0, 1).contiguous()
-        kernel = tensor.new_empty(self._new_shape)
+        kernel = tensor.new_empty(self.new_shape)
         for start, stop, block in self._blocks(tensor):
             kernel[:, start:stop] = block
-        return kernel.reshape(self.result_shape(tensor.shape))
+        return self.outputs_first(kernel).reshape(self.result_shape(tensor.shape)).contiguous()
+
+    def outputs_first(self, kernel: Tensor) -> Tensor:
+        """A kernel as it is stored → as (O, I, k...), and back."""
+        return kernel.transpose(0, 1) if self.inputs_first else kernel
 
     @property
-    def _new_shape(self) -> tuple[int, ...]:
+    def new_shape(self) -> tuple[int, ...]:
+        """(O/b, I·b, k...)."""
         return (self.shape[0] // self.members.beta, len(self.column), *self.shape[2:])
 
     def result_shape(self, source: torch.Size) -> tuple[int, ...]:
         """Of what this makes of a tensor of the shape `source`."""
         if self.inputs_first:
-            out, into, *rest = self._new_shape
-            return (into, out, *rest)
-        if not self.flat:
-            return self._new_shape
-        found = layout(tuple(source), self.shape, self._new_shape)
+            return turned(self.new_shape)
+        found = layout(tuple(source), self.shape, self.new_shape)
         assert found is not None, f"{tuple(source)} is no layout of {self.shape}"
         return found
 
     @property
-    def _outputs_first(self) -> Kernel:
-        return replace(self, inputs_first=False)
-
-    @property
     def result_fan_in(self) -> int:
-        return torch.Size(self._new_shape[1:]).numel()
+        return torch.Size(self.new_shape[1:]).numel()
 
     def made(self, tensor: Tensor, own: Tensor) -> bool:
         """Whether `own` is what this makes of `tensor`, without making it again."""
         if tuple(own.shape) != self.result_shape(tensor.shape):
             return False
-        if self.inputs_first:
-            return self._outputs_first.made(tensor.transpose(0, 1), own.transpose(0, 1))
-        kernel = own.reshape(self._new_shape)
+        kernel = self.outputs_first(own).reshape(self.new_shape)
         return all(torch.equal(kernel[:, start:stop], block) for start, stop, block in self._blocks(tensor))
 
     def _blocks(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -154,7 +154,7 @@ class Kernel:
 
         Kernels are most of a network, and gathering them one by one takes ten times as long.
         """
-        source = tensor.reshape(self.shape)
+        source = self.outputs_first(tensor).reshape(self.shape)
         table = self.members.table().to(tensor.device)
         for start, stop in runs(self.column, self.replica):
             first = self.column[start]

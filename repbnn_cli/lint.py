@@ -16,7 +16,7 @@ from repbnn_cli import profiler
 from repbnn_cli.graph import Network
 from repbnn_cli.lint_checks import Evidence, Place
 from repbnn_cli.observe import observe
-from repbnn_cli.positions import positions, weighs
+from repbnn_cli.positions import other_layers, positions
 from repbnn_cli.recognize import Layer
 
 Severity = Literal["error", "warning", "note"]
@@ -143,7 +143,7 @@ def lint(network: Network, layers: dict[str, Layer], *, trained: bool = True) ->
     found = Evidence(
         network,
         layers,
-        positions(network, layers, weighs(network, layers)),
+        positions(network, layers, other_layers(network, layers)),
         observe(network, layers, latent=trained),
         profiler.profile(network, layers),
     )

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.counting import name_of, names
 from repbnn_cli.graph import Network
+from repbnn_cli.modes import is_write
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.rep_layers import ChannelSelect
 from repbnn_cli.tracer import fetch
@@ -27,9 +28,6 @@ VIEWS = names(
     """
 )
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_INPLACE_OPERATORS = frozenset(
-    ["iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor"]
-)  # fmt: skip
 _FLOAT_BYTES = 4  # activations are float32, whatever the weights are stored in
 
 
@@ -88,10 +86,7 @@ def _shares_with(network: Network, node: fx.Node) -> fx.Node | None:
         return first if view or getattr(module, "inplace", False) is True else None
     if node.op not in ("call_function", "call_method"):
         return None
-    target = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    written = (target.endswith("_") and not target.startswith("_") and target != "and_" and target != "or_") or (
-        target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True
-    )
+    written = is_write(node) or node.kwargs.get("inplace") is True
     return first if written or name_of(node) in VIEWS else None
 
 

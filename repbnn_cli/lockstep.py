@@ -28,7 +28,8 @@ from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCall, ConvCalls
 from repbnn_cli.stand_ins import counting_replicas, filters, holding, per_source_channel, stand_ins
-from repbnn_cli.tracer import fetch
+from repbnn_cli.tracer import execute, fetch
+from repbnn_cli.walk import subject_of
 
 # Of the largest value of a tensor: what a different order of summation may cost.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -280,7 +281,7 @@ class Lockstep:
             least = max(torch.finfo(wanted.dtype).tiny, _CANCELLED * terms)
             largest = wanted.abs().nan_to_num(0, 0).max()  # of the finite ones: attention masks with −inf
             relative = float(_gap(actual, wanted).max() / largest.clamp_min(least))
-        place = str(node.target) if node.op == "call_module" else f"{node.meta.get('path', '')}:{node.name}"
+        place = subject_of(node)
         if not relative <= TOLERANCE.get(wanted.dtype, 2e-4):  # also true for nan
             self.failed.append(place)
         if not relative <= self.worst:
@@ -343,17 +344,6 @@ def _equal(a: Any, b: Any) -> bool:
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y
         for x, y in zip(a, b, strict=True)
     )
-
-
-def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a node of a graph over `root` computes from the values of its arguments; not for placeholder and output."""
-    if node.op == "get_attr":
-        return fetch(root, str(node.target))
-    if node.op == "call_module":
-        return fetch(root, str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from repbnn_cli.proxies import set_data
+from repbnn_cli.proxies import INPLACE, set_data
 from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import FunctionCall
 
@@ -34,7 +34,7 @@ def is_write(node: fx.Node) -> bool:
         if node.target in (set_data, operator.setitem, only_when):
             return True
         name = getattr(node.target, "__name__", "")
-        if name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "imatmul"):
+        if name in INPLACE:
             return True
     else:
         return False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.cpu_only import running
-from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.graph import Network, random_inputs, unchanged
 from repbnn_cli.probe import ConvCall, ConvCalls, facts
 from repbnn_cli.recognize import Layer
 from repbnn_cli.static import roots, static_nodes
@@ -90,11 +90,7 @@ class Observation:
 def observe(network: Network, layers: Mapping[str, Layer], *, latent: bool = True) -> Observation:
     """Runs the network once and says what was seen. latent: also look at latent weights, half of the time it takes."""
     module = network.module
-    like = next(iter(module.parameters()), torch.zeros(()))
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    inputs = [
-        torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device) for shape in network.example
-    ]
+    inputs = random_inputs(module, network.example, seed=0)
     with running(module), unchanged(module):
         module.eval()
         try:
@@ -137,7 +133,7 @@ class _Watch(fx.Interpreter):
             return super().run_node(n)
         with ConvCalls() as calls:
             result = super().run_node(n)
-        path = str(n.target) if n.op == "call_module" else subject_of(n)
+        path = subject_of(n)
         self.seen += [self._of(path, n, call) for call in calls.calls]
         result = _cut(result)
         self._shrinking(path, n, result, calls.calls)

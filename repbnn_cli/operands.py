@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.inherit import Columns, Kernel, Mean, Members, Recipe, Tile
+from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.recognize import Layer
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import evaluate, roots
@@ -21,13 +21,14 @@ class CannotTellError(Exception):
 
 def operand_recipes(
     module: nn.Module, kernel: fx.Node, bias: fx.Node | None, layer: Layer, way: Kernel | Columns | Tile,
-    members: Members | None, index: tuple[int, ...],
+    index: tuple[int, ...], after: tuple[int, ...],
 ) -> dict[str, Recipe]:  # fmt: skip
     """Path of each parameter that changes → how.
 
-    way: what happens to the kernel; members: how output channels are shared (None: they stay); index: the source
-    channel that each input channel stands for.
+    way: what happens to the kernel; after: the shape that it then has; index: the source channel that each input
+    channel stands for.
     """
+    members = way.members if isinstance(way, Kernel) else None
     recipes: dict[str, Recipe] = {}
     held = {str(n.target): fetch(module, str(n.target)) for n in roots(kernel)}
     held = {n: t for n, t in held.items() if isinstance(t, Tensor) and t.numel() > 1}
@@ -46,7 +47,7 @@ def operand_recipes(
             shape = node.meta["value"].shape
             if tuple(shape) == (layer.out_channels,):
                 recipes[str(node.target)] = Mean(0, members) if members is not None else Tile(0, index)
-    _check(module, kernel, bias, layer, recipes, members, index, selects=isinstance(way, Columns))
+    _check(module, kernel, bias, recipes, after)
     return recipes
 
 
@@ -109,23 +110,19 @@ def _aligned(root: fx.Node, kernel: fx.Node, layer: Layer) -> tuple[str | None, 
 
 
 def _of_kernel(way: Kernel | Columns | Tile, tensor: Tensor, layer: Layer, *, inputs_first: bool) -> Recipe:
+    if isinstance(way, Kernel):
+        return replace(way, inputs_first=inputs_first)
     if inputs_first:
-        if isinstance(way, Kernel):
-            return replace(way, flat=False, inputs_first=True)
         assert isinstance(way, Columns), "a matrix is no depthwise kernel"
         return replace(way, axis=0)
-    flat = tuple(tensor.shape) != layer.kernel_shape
-    if isinstance(way, Kernel):
-        return Kernel(way.shape, way.members, way.column, way.replica, flat=flat)
-    if flat:
+    if tuple(tensor.shape) != layer.kernel_shape:
         raise CannotTellError("how to resize a kernel that is stored flat in a last or depthwise layer")
     return way
 
 
 def _check(
-    module: nn.Module, kernel: fx.Node, bias: fx.Node | None, layer: Layer, recipes: Mapping[str, Recipe],
-    members: Members | None, index: tuple[int, ...], *, selects: bool,
-) -> None:  # fmt: skip
+    module: nn.Module, kernel: fx.Node, bias: fx.Node | None, recipes: Mapping[str, Recipe], after: tuple[int, ...]
+) -> None:
     """What the forward writes down as numbers (`view(64, 1, 1, 1)`) does not follow its parameters."""
     with torch.no_grad():
         resized = {n: recipe(fetch(module, n).detach()) for n, recipe in recipes.items()}
@@ -137,8 +134,5 @@ def _check(
         raise CannotTellError(
             f"how to compute its kernel from resized parameters ({type(error).__name__}: {text})"
         ) from error
-    out = layer.out_channels if selects else (len(index) if members is None else layer.out_channels // members.beta)
-    into = 1 if members is None and not selects else len(index) // layer.groups
-    wanted = (out, into, *layer.kernel_shape[2:])
-    if shape != wanted or length not in (None, out):
-        raise CannotTellError(f"how to compute a kernel {wanted} from resized parameters (it comes to {shape})")
+    if shape != after or length not in (None, after[0]):
+        raise CannotTellError(f"how to compute a kernel {after} from resized parameters (it comes to {shape})")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import fx, nn
 
@@ -41,6 +41,13 @@ class ModuleEdit:
     repeats: int = 1
     reset: bool = False
     layout: Recipe | None = None
+
+    def resized(self, layer: Layer) -> Layer:
+        """The convolution `layer` with the channels that it has afterwards."""
+        assert self.channels is not None
+        into, out = self.channels
+        groups = into if self.action == "depthwise" else layer.groups
+        return replace(layer, kernel_shape=(out, into // groups, *layer.kernel_shape[2:]), groups=groups)
 
     def tensor_path(self, name: str) -> str:
         """Dotted path from the network of a tensor that is edited."""

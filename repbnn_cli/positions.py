@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from torch import Tensor, fx
@@ -28,20 +28,20 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def weighs(network: Network, layers: Mapping[str, Layer]) -> set[fx.Node]:
-    """The nodes that hold a layer which is no convolution and no linear layer: an LSTM, a product with a parameter."""
+def other_layers(network: Network, layers: Mapping[str, Layer]) -> set[fx.Node]:
+    """The nodes for which `is_other_layer` holds."""
     static = static_nodes(network.graph)
-    found = set()
-    for node in network.graph.nodes:
-        if _role(node, layers) in ("unknown", "weightless"):
-            tensors = fetch(network.module, str(node.target)).parameters()
-            if any(kernel_like(t) for t in tensors):
-                found.add(node)
-        elif node.op in ("call_function", "call_method") and node not in static and operator_name(node) in _PRODUCTS:
-            held = [n.meta["value"] for n in node.all_input_nodes if n in static and _of_parameters(n)]
-            if any(isinstance(t, Tensor) and kernel_like(t) for t in held):
-                found.add(node)
-    return found
+    return {node for node in network.graph.nodes if is_other_layer(network, layers, static, node)}
+
+
+def is_other_layer(network: Network, layers: Mapping[str, Layer], static: Set[fx.Node], node: fx.Node) -> bool:
+    """Whether a node holds a kernel, and is no convolution or linear layer: an LSTM, a product with a parameter."""
+    held: Iterable[Any] = ()
+    if _role(node, layers) in ("unknown", "weightless"):
+        held = fetch(network.module, str(node.target)).parameters()
+    elif node.op in ("call_function", "call_method") and node not in static and operator_name(node) in _PRODUCTS:
+        held = [n.meta["value"] for n in node.all_input_nodes if n in static and _of_parameters(n)]
+    return any(isinstance(t, Tensor) and kernel_like(t) for t in held)
 
 
 def _of_parameters(node: fx.Node) -> bool:
@@ -53,7 +53,7 @@ def positions(network: Network, layers: Mapping[str, Layer], others: Set[fx.Node
 
     first: none comes before it; last: none comes after it; bypass: on the branch of a sum or concatenation that has
     fewer binary convolutions (then fewer convolutions) than the branch beside it; trunk: all others.
-    others: nodes that hold another kind of layer (`weighs`); what comes before one of them is not the last.
+    others: nodes that hold another kind of layer (`other_layers`); what comes before one of them is not the last.
     """
     bit: dict[str, int] = {}
     for node in network.graph.nodes:

@@ -42,43 +42,44 @@ _LINEAR = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)
-class ConvCall:
+class _OfKind:
+    """kind: "conv2d", "conv_transpose2d", "linear" or their kin."""
+
+    kind: str
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind in TRANSPOSED_CONVOLUTIONS.values()
+
+
+@dataclass(frozen=True)
+class ConvCall(_OfKind):
     """One call: kernel and input as applied, (O, I/groups, ...) and (N, I, ...), and its output.
 
     The kernel of a transposed convolution is turned to (O, I, ...), too. arguments: what else it was given, by name.
     """
 
-    kind: str
     input: Tensor
     kernel: Tensor
     groups: int
     output: Tensor
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def transposed(self) -> bool:
-        return self.kind.startswith("conv_transpose")
-
 
 @dataclass(frozen=True)
-class ConvFacts:
+class ConvFacts(_OfKind):
     """What a call says about a layer: kernel shape (O, I/groups, k...), groups, and how many bits it really uses.
 
     positions: how often the whole kernel is applied, in all samples together: once for each output position, in a
     transposed convolution for each input position. outputs: values of all samples.
     """
 
-    kind: str
     kernel_shape: tuple[int, ...]
     groups: int
     weight_bits: int
     activation_bits: int
     positions: int = 0
     outputs: int = 0
-
-    @property
-    def transposed(self) -> bool:
-        return self.kind.startswith("conv_transpose")
 
 
 class ConvCalls(TorchFunctionMode):
@@ -116,6 +117,11 @@ class ConvCalls(TorchFunctionMode):
         further: dict[str, Any] = {n: v for n, v in given.items() if n in _FURTHER}
         self.calls.append(ConvCall(kind, given["input"], kernel, groups, output, further))
         return output
+
+
+def applying(kernel: Tensor) -> ConvCalls:
+    """Every convolution in its scope applies `kernel`."""
+    return ConvCalls(lambda _, own: kernel.to(own), len(kernel))
 
 
 def _repeated(func: Any, given: dict[str, Any], groups: int, filters: int, channels: int) -> Tensor:

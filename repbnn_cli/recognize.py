@@ -18,7 +18,7 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import RulesError
 from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network, unchanged
-from repbnn_cli.inherit import layout
+from repbnn_cli.inherit import layout, turned
 from repbnn_cli.probe import ConvFacts
 from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
@@ -72,18 +72,13 @@ class Layer:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Of the kernel tensor, where it is not flat."""
-        return _turned(self.kernel_shape) if self.inputs_first else self.kernel_shape
+        return turned(self.kernel_shape) if self.inputs_first else self.kernel_shape
 
     @property
     def binary(self) -> bool:
         return self.role in ("binary_conv", "binary_linear") or (
             self.role == "depthwise_conv" and self.weight_bits <= 2
         )
-
-
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(O, I, k...) ↔ (I, O, k...)"""
-    return (shape[1], shape[0], *shape[2:])
 
 
 def type_names(module: nn.Module) -> tuple[str, ...]:
@@ -184,7 +179,7 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
         role,
         f"is a {type(module).__name__}",
         kernel=kernel,
-        kernel_shape=_turned(tuple(weight.shape)) if transposed else tuple(weight.shape),
+        kernel_shape=turned(tuple(weight.shape)) if transposed else tuple(weight.shape),
         inputs_first=transposed,
         groups=groups,
         weight_bits=weight_bits,
@@ -204,7 +199,7 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
     if any(c.kernel_shape != first.kernel_shape or c.groups != first.groups for c in convs):
         return unknown("runs convolutions of different shapes", "trace into it (rule file: `leaf: false`)")
     shape = first.kernel_shape
-    stored = _turned(shape) if first.transposed else shape
+    stored = turned(shape) if first.transposed else shape
     size = torch.Size(shape).numel()
     candidates = [n for n, t in tensors.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(tensors[n].shape) == stored]
@@ -343,7 +338,7 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             f"{rule.where} role: {path} is a grouped {type(module).__name__}, of which no RepConv is made; `role: "
             "weightless` applies it to each replica"
         )
-    shape = _turned(shape) if transposed and not rule.kernel_shape else shape
+    shape = turned(shape) if transposed and not rule.kernel_shape else shape
     declared: dict[str, tuple[str, int]] = {n: (str(p.channels), p.axis) for n, p in rule.per_channel.items()}
     sides = declared | _undeclared(node, module, rule, kernel, shape, declared)
     activation = rule.activation_bits or max((c.activation_bits for c in convs), default=32)

@@ -54,8 +54,8 @@ class RepMixin:
     rep_repeats: int
     rep_groups: int = 1
 
-    def forward(self, x: Tensor, *operands: Any, **options: Any) -> Tensor:
-        compact = super().forward(x, *operands, **options)  # type: ignore[misc]
+    def forward(self, *operands: Any, **options: Any) -> Tensor:
+        compact = super().forward(*operands, **options)  # type: ignore[misc]
         return repeat_channels(compact, self.rep_repeats, self.rep_groups)
 
     def extra_repr(self) -> str:
@@ -214,6 +214,12 @@ class RepBatchNorm1d(_RepBatchNorm, nn.BatchNorm1d):
 
 class RepBatchNorm2d(_RepBatchNorm, nn.BatchNorm2d):
     """See _RepBatchNorm; input (N, C, H, W)."""
+
+
+REP_BATCH_NORMS: dict[type[nn.Module], type[_RepBatchNorm]] = {
+    nn.BatchNorm1d: RepBatchNorm1d,
+    nn.BatchNorm2d: RepBatchNorm2d,
+}
 
 
 class ChannelSelect(nn.Module):

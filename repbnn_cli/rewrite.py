@@ -21,9 +21,7 @@ from repbnn_cli.proxies import set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
-from repbnn_cli.walk import Made, shape_text, subject_of
-
-__all__ = ["Rewriter", "subject_of"]
+from repbnn_cli.walk import Made, shape_text
 
 # Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
 _WRITES = (operator.setitem, set_data, only_when)

@@ -18,8 +18,6 @@ from repbnn_cli.rules import Rule
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import shape_text
 
-_SHAREABLE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
 
 class ModuleWalk(OperatorWalk):
     """Handlers of `call_module` nodes, one for each role and action."""
@@ -111,17 +109,12 @@ class ModuleWalk(OperatorWalk):
             members,
             want.index[:width],
             want.replica[:width],
-            flat=self._is_flat(layer, layer.kernel),
-            inputs_first=layer.inputs_first,
+            layer.inputs_first,
         )
-        tensors: list[tuple[str, Recipe]] = [
-            (n, replace(kernel, flat=self._is_flat(layer, n))) for n in _kernels(layer)
-        ]
+        tensors: list[tuple[str, Recipe]] = [(n, kernel) for n in _kernels(layer)]
         tensors += [(n, Mean(axis, members)) for n, axis in layer.out_tensors.items()]
         tensors += [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
-        after = (out // beta, layer.kernel_shape[1] * beta, *layer.kernel_shape[2:])
-        channels = (len(want.index), out // beta)
-        self._convolution(node, layer, rule, "rep_conv", after, tensors, channels, kernel, members, want.index)
+        self._convolution(node, layer, rule, "rep_conv", kernel.new_shape, tensors, kernel, want.index)
         new = self._copy_mapped(node, lambda n: source if n is x else self._made[n].node)
         compact = Compact(out // beta, beta * beta, out, rule.repeat or "before_batch_norm", members)
         if groups == 1:
@@ -132,11 +125,13 @@ class ModuleWalk(OperatorWalk):
 
     def _convolution(
         self, node: fx.Node, layer: Layer, rule: Rule, action: str, after: tuple[int, ...],
-        tensors: list[tuple[str, Recipe]], channels: tuple[int, int], way: Kernel | Columns | Tile,
-        members: Members | None, index: tuple[int, ...],
+        tensors: list[tuple[str, Recipe]], way: Kernel | Columns | Tile, index: tuple[int, ...],
     ) -> None:  # fmt: skip
-        """The edit of a convolution; of the parameters behind its kernel where it is called as a function."""
-        before, text = shape_text(layer.kernel_shape), shape_text(after)
+        """The edit of a convolution; of the parameters behind its kernel where it is called as a function.
+
+        after: its kernel's new shape; way: how that is made; index: the source channel of each of its inputs.
+        """
+        before, text, channels = shape_text(layer.kernel_shape), shape_text(after), (len(index), after[0])
         self._edit(layer, rule, action, before, text, tensors, channels=channels, layout=way if layer.called else None)
         if not layer.called:
             return
@@ -144,7 +139,7 @@ class ModuleWalk(OperatorWalk):
         assert isinstance(kernel, fx.Node)
         assert bias is None or isinstance(bias, fx.Node)
         try:
-            recipes = operand_recipes(self.network.module, kernel, bias, layer, way, members, index)
+            recipes = operand_recipes(self.network.module, kernel, bias, layer, way, index, after)
         except CannotTellError as error:
             self._refuse(
                 node, f"cannot tell {error}", "keep the module that calls it whole (rule file: `modules: [{match: "
@@ -153,14 +148,10 @@ class ModuleWalk(OperatorWalk):
         for path, recipe in recipes.items():
             self._parameter_edit(path, rule, recipe)
 
-    def _is_flat(self, layer: Layer, name: str) -> bool:
-        """Whether a kernel is stored in another layout than (O, I, k...)."""
-        if not name:
-            return False
-        return tuple(fetch(self.network.module, f"{layer.path}.{name}").shape) != layer.stored_shape
-
     def _flat_kernel(self, layer: Layer) -> str:
-        return next((n for n in _kernels(layer) if self._is_flat(layer, n)), "")
+        """The kernel that is stored in another layout than (O, I, k...), if one is."""
+        module = fetch(self.network.module, layer.path)
+        return next((n for n in _kernels(layer) if tuple(fetch(module, n).shape) != layer.stored_shape), "")
 
     def _depthwise(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         """A depthwise convolution acts per channel: every replica gets a copy of its filters; its cost grows ×β.
@@ -169,9 +160,7 @@ class ModuleWalk(OperatorWalk):
         are too narrow to be a RepConv.
         """
         if layer.role != "depthwise_conv" or layer.out_channels != layer.in_channels:
-            size = shape_text(layer.kernel_shape)
-            self._edit(layer, rule, "per_replica", size, size, channels=None)
-            self._fold(node)
+            self._per_replica(node, rule)
             return
         x = node.args[0]
         assert isinstance(x, fx.Node)
@@ -180,10 +169,8 @@ class ModuleWalk(OperatorWalk):
             self._refuse(node, f"keeps its depthwise kernel flat, in {flat}", "store it as (channels, 1, k, k)")
         axes = {**dict.fromkeys(_kernels(layer), 0), **layer.out_tensors, **layer.in_tensors}
         tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, state.index)) for n, axis in axes.items()]
-        width = len(state.index)
-        after = (width, *layer.kernel_shape[1:])
-        tile = Tile(0, state.index)
-        self._convolution(node, layer, rule, "depthwise", after, tensors, (width, width), tile, None, state.index)
+        after = (len(state.index), *layer.kernel_shape[1:])
+        self._convolution(node, layer, rule, "depthwise", after, tensors, Tile(0, state.index), state.index)
         source = self._as_tiled(x)
         self._keep(node, self._copy_mapped(node, lambda n: source if n is x else self._made[n].node), state)
 
@@ -192,25 +179,24 @@ class ModuleWalk(OperatorWalk):
         assert isinstance(x, fx.Node)
         state = self._made[x].state
         module = fetch(self.network.module, layer.path)
-        names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) 
+        names = [n for n, t in (*module.named_parameters(), *module.named_buffers())
                  if t.shape == (module.num_features,)]  # fmt: skip
         before = f"({module.num_features})"
-        shares = isinstance(state, Compact) and type(module) in _SHAREABLE_BATCH_NORMS
-        if shares and isinstance(state, Compact) and state.batch_norm == "after_batch_norm":
-            if state.members is not None:
-                means: list[tuple[str, Recipe]] = [(n, Mean(0, state.members)) for n in names]
-                width = state.channels
+        compact = state if isinstance(state, Compact) and type(module) in rep_layers.REP_BATCH_NORMS else None
+        if compact is not None and compact.batch_norm == "after_batch_norm":
+            if compact.members is not None:
+                means: list[tuple[str, Recipe]] = [(n, Mean(0, compact.members)) for n in names]
+                width = compact.channels
                 self._edit(layer, rule, "batch_norm", before, f"({width})", means, channels=(width, width))
-            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), state)
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), compact)
             self._as_tiled(node)
             return
         index = self._map(x)
         tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index.index)) for n in names]
-        action = "rep_batch_norm" if shares else "batch_norm"
+        action, repeats = ("rep_batch_norm", compact.repeats) if compact is not None else ("batch_norm", 1)
         width = len(index.index)
-        repeats = state.repeats if shares and isinstance(state, Compact) else 1
         self._edit(layer, rule, action, before, f"({width})", tensors, channels=(width, width), repeats=repeats)
-        form = (lambda n: self._made[n].node) if shares else self._as_tiled
+        form = (lambda n: self._made[n].node) if compact is not None else self._as_tiled
         self._keep(node, self._copy_mapped(node, form), index)
 
     def _per_channel(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
@@ -218,15 +204,8 @@ class ModuleWalk(OperatorWalk):
         if isinstance(module, nn.GroupNorm):
             self._group_norm(node, layer, rule)
             return
-        if layer.per_replica:
-            size = shape_text((node.meta["value"].shape[1],))
-            self._edit(layer, rule, "per_replica", size, size, channels=None)
-            self._fold(node)
-            return
-        if isinstance(module, nn.LayerNorm):  # over the channels of one replica, wherever they stand
-            size = shape_text(tuple(module.normalized_shape))
-            self._edit(layer, rule, "per_replica", size, size, channels=None)
-            self._fold(node)
+        if layer.per_replica or isinstance(module, nn.LayerNorm):  # over the channels of one replica
+            self._per_replica(node, rule)
             return
         maps = [self._map(n) for n in self._expanded(node)]
         if any(m != maps[0] for m in maps) or len(maps) != len(self._tensors(node)):
@@ -282,11 +261,10 @@ class ModuleWalk(OperatorWalk):
             self._refuse(node, f"a last layer that keeps its kernel flat, in {flat}", "store it as (out, in)")
         recipe = replace(recipe, axis=0 if layer.inputs_first else 1)
         tensors: list[tuple[str, Recipe]] = [(n, recipe) for n in _kernels(layer)]
-        tensors += [(n, Tile(a, tuple(state.index[j] for j in taken))) for n, a in layer.in_tensors.items()]
-        after = (layer.out_channels, len(taken), *layer.kernel_shape[2:])
-        channels = (len(taken), layer.out_channels)
         index = tuple(state.index[j] for j in taken)
-        self._convolution(node, layer, rule, "select_inputs", after, tensors, channels, recipe, None, index)
+        tensors += [(n, Tile(a, index)) for n, a in layer.in_tensors.items()]
+        after = (layer.out_channels, len(taken), *layer.kernel_shape[2:])
+        self._convolution(node, layer, rule, "select_inputs", after, tensors, recipe, index)
         self._keep(node, self._copy_mapped(node, lambda n: source if n is x else self._made[n].node), None)
 
 

@@ -29,6 +29,7 @@ from repbnn_cli.channels import (
 )
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Kernel, Recipe, Tile
+from repbnn_cli.positions import is_other_layer
 from repbnn_cli.probe import CALLED_CONVOLUTIONS
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
@@ -134,13 +135,19 @@ class OperatorWalk(Walk):
         elif kind in ("spatial", "random"):
             self._carry_one(node, random=kind == "random")
         else:
-            if node in self._weighs and rule is not None:
-                self._plain_edit(node, rule, "per_replica")  # β times its cost, which the plan has to say
-            self._fold(node)
+            if rule is not None and is_other_layer(self.network, self.layers, self._static, node):
+                self._per_replica(node, rule)
+            else:
+                self._fold(node)
+
+    def _per_replica(self, node: fx.Node, rule: Rule) -> None:
+        """Applied to each replica as it is, at β times its cost, which the plan has to say."""
+        self._plain_edit(node, rule, "per_replica")
+        self._fold(node)
 
     def _plain_edit(self, node: fx.Node, rule: Rule, action: str) -> None:
         """The row of a module or operator that keeps what it is and has."""
-        path = str(node.target) if node.op == "call_module" else subject_of(node)
+        path = subject_of(node)
         layer = self.layers.get(path) or Layer(path, "weightless", operator_name(node))
         held = fetch(self.network.module, path).parameters() if node.op == "call_module" else (
             n.meta["value"] for n in node.all_input_nodes if n in self._static)  # fmt: skip

@@ -7,17 +7,16 @@ matches them with the source network's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from repbnn_cli.graph import Network, unchanged
-from repbnn_cli.plan import ModuleEdit, Plan
+from repbnn_cli.plan import Plan
 from repbnn_cli.probe import ConvCalls, facts
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
-from repbnn_cli.tracer import fetch, known_shape, on_meta
+from repbnn_cli.tracer import execute, fetch, filled, hollow, known_shape, on_meta
 
 
 def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Layer]]:
@@ -27,19 +26,12 @@ def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Lay
     """
     layers = dict(plan.layers)
     for edit in plan.edits:
-        if edit.path in layers and edit.channels is not None:
-            layers[edit.path] = _after(layers[edit.path], edit)
+        layer = layers.get(edit.path)
+        if layer is not None and layer.role in CONVOLUTIONS and edit.channels is not None:
+            layers[edit.path] = edit.resized(layer)
     for path in plan.added:
         layers[path] = Layer(path, "weightless", "added by the transform")
     return propagate(rep, plan.network.example), layers
-
-
-def _after(layer: Layer, edit: ModuleEdit) -> Layer:
-    if layer.role not in CONVOLUTIONS or edit.channels is None:
-        return layer
-    into, out = edit.channels
-    groups = into if edit.action == "depthwise" else layer.groups
-    return replace(layer, kernel_shape=(out, into // groups, *layer.kernel_shape[2:]), groups=groups)
 
 
 def propagate(module: fx.GraphModule, example: tuple[tuple[int, ...], ...]) -> Network:
@@ -55,7 +47,7 @@ def propagate(module: fx.GraphModule, example: tuple[tuple[int, ...], ...]) -> N
         for node in module.graph.nodes:
             value = next(inputs) if node.op == "placeholder" else _value(module, node, values)
             node.meta["value"] = on_meta(value)
-            values[node] = _hollow(value)
+            values[node] = hollow(value)
     return Network(module, example)
 
 
@@ -66,17 +58,13 @@ def _value(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any
     try:
         return _execute(root, node, args, kwargs)
     except RuntimeError:  # in-place operators need a tensor with memory of its own
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _filled(values[n]))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: filled(values[n]))
         return _execute(root, node, args, kwargs)
 
 
 def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "get_attr":
-        return fetch(root, str(node.target))
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op != "call_module":
+        return execute(root, node, args, kwargs)
     module = fetch(root, str(node.target))
     known = known_shape(module, args)
     if known is not None:
@@ -85,12 +73,3 @@ def _execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
         result = module(*args, **kwargs)
     node.meta["convs"] = [facts(c) for c in seen.calls if not c.kernel.is_meta]
     return result
-
-
-def _hollow(value: Any) -> Any:
-    """The same shape without memory behind it."""
-    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) and value.numel() > 1 else value
-
-
-def _filled(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, Tensor) else value

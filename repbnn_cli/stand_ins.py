@@ -62,16 +62,14 @@ def filters(edit: ModuleEdit, rep: nn.Module) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, recipe in edit.tensors:
-        own = fetch(rep, edit.tensor_path(name)).detach()
+        path = edit.tensor_path(name)
+        own = fetch(rep, path).detach()
         if isinstance(recipe, Columns):
-            found[edit.tensor_path(name)] = own.clone()
+            found[path] = own.clone()
         elif isinstance(recipe, Kernel):
-            members = recipe.members
-            if recipe.inputs_first:
-                found[edit.tensor_path(name)] = per_source_channel(own, Mean(1, members), members.out_channels)
-                continue
-            kernel = own.reshape(members.out_channels // members.beta, len(recipe.column), *recipe.shape[2:])
-            found[edit.tensor_path(name)] = per_source_channel(kernel, Mean(0, members), members.out_channels)
+            kernel = recipe.outputs_first(own).reshape(recipe.new_shape)
+            kernel = per_source_channel(kernel, Mean(0, recipe.members), recipe.shape[0])
+            found[path] = recipe.outputs_first(kernel).contiguous()
     return found
 
 
@@ -104,7 +102,7 @@ def holding(root: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for path, tensor in tensors.items():
             owner_path, _, leaf = path.rpartition(".")
-            owner: nn.Module = fetch(root, owner_path) if owner_path else root
+            owner: nn.Module = fetch(root, owner_path)
             kinds: tuple[dict[str, Any], ...] = owner._parameters, owner._buffers
             for kind in kinds:
                 if leaf in kind:

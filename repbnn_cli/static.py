@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.tracer import fetch
+from repbnn_cli.tracer import execute, fetch
 
 
 def static_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -63,14 +63,7 @@ def evaluate(module: nn.Module, node: fx.Node, replaced: Mapping[str, Tensor]) -
             return at.meta["value"]
         if at not in values:
             args, kwargs = fx.map_arg((at.args, at.kwargs), value_of)
-            if at.op == "get_attr":
-                values[at] = held(str(at.target))
-            elif at.op == "call_module":
-                values[at] = fetch(module, str(at.target))(*args, **kwargs)
-            elif at.op == "call_method":
-                values[at] = getattr(args[0], str(at.target))(*args[1:], **kwargs)
-            else:
-                values[at] = at.target(*args, **kwargs)  # type: ignore[operator]
+            values[at] = held(str(at.target)) if at.op == "get_attr" else execute(module, at, args, kwargs)
         return values[at]
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -21,16 +21,15 @@ from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
-from repbnn_cli.positions import ends, holds_tensor, positions, weighs
+from repbnn_cli.positions import ends, holds_tensor, other_layers, positions
 from repbnn_cli.probe import ConvCalls
 from repbnn_cli.recognize import Layer, hints, recognize, type_names
-from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, make_rep
-from repbnn_cli.rewrite import Rewriter, subject_of
+from repbnn_cli.rep_layers import REP_BATCH_NORMS, make_rep
+from repbnn_cli.rewrite import Rewriter
 from repbnn_cli.rules import RuleSet, Subject
 from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
-
-_REP_BATCH_NORM = {nn.BatchNorm1d: RepBatchNorm1d, nn.BatchNorm2d: RepBatchNorm2d}
+from repbnn_cli.walk import subject_of
 
 
 def plan(network: Network, rules: RuleSet) -> Plan:
@@ -67,7 +66,7 @@ def _plan(network: Network, rules: RuleSet) -> Plan:
 
 def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
     """Everything a rule can match: modules, operators without parameters, parameters that a forward uses directly."""
-    others = weighs(network, layers)
+    others = other_layers(network, layers)
     last = ends(network, layers, others)
     position = positions(network, layers, others) | {str(n.target): "last" for n in last if n.op == "call_module"}
     found = []
@@ -116,7 +115,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     for path, module in plan.added.items():
         parent, _, name = path.rpartition(".")
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
-        fetch(tree, parent).add_module(name, helper) if parent else tree.add_module(name, helper)
+        fetch(tree, parent).add_module(name, helper)
         helper.train(source.training)
     result = KeptGraphModule(tree, copy.deepcopy(plan.graph), class_name=f"Rep{source._get_name()}")
     result.recompile()
@@ -161,7 +160,7 @@ def _carry_out(
     if edit.action in ("per_replica", "repeat_output", "first_replica"):
         return
     if edit.action == "parameter":
-        _set_tensors(fetch_parent(tree, edit), edit, made, state, start)
+        _set_tensors(fetch(tree, edit.path.rpartition(".")[0]), edit, made, state, start)
         return
     module = fetch(tree, edit.path)
     layer = plan.layers[edit.path]
@@ -177,15 +176,8 @@ def _carry_out(
     if edit.action == "rep_conv":
         make_rep(module, plan.beta, edit.repeats, binary=layer.binary, groups=layer.groups)
     elif edit.action == "rep_batch_norm":
-        module.__class__ = _REP_BATCH_NORM[type(module)]
+        module.__class__ = REP_BATCH_NORMS[type(module)]
         module.beta, module.repeats = plan.beta, edit.repeats
-
-
-def fetch_parent(tree: nn.Module, edit: ModuleEdit) -> nn.Module:
-    """The module that owns an edited parameter."""
-    parent, _, _ = edit.path.rpartition(".")
-    owner: nn.Module = fetch(tree, parent) if parent else tree
-    return owner
 
 
 def _set_tensors(
@@ -194,7 +186,7 @@ def _set_tensors(
 ) -> None:  # fmt: skip
     for name, recipe in edit.tensors:
         owner_path, _, leaf = name.rpartition(".")
-        owner = fetch(module, owner_path) if owner_path else module
+        owner = fetch(module, owner_path)
         old: Tensor = getattr(owner, leaf)
         key = (id(old), recipe)
         if key not in made:
@@ -211,7 +203,7 @@ def _set_tensors(
                     value = recipe(old.detach()).contiguous()
             made[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         kind = owner._parameters if leaf in owner._parameters else owner._buffers
-        kind[leaf] = made[key]  # type: ignore[assignment]
+        kind[leaf] = made[key]
 
 
 def _set_known_numbers(module: nn.Module, edit: ModuleEdit) -> None:
@@ -241,10 +233,8 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     """Updates cached channel numbers of somebody else's module: those declared, then as few as make it run."""
     assert edit.channels is not None
     into, out = edit.channels
-    groups = into if edit.action == "depthwise" else layer.groups
-    new_shape = (out, into // groups, *layer.kernel_shape[2:])
-    fan_in = torch.Size(new_shape[1:]).numel()
-    new_shape = (into, out, *new_shape[2:]) if layer.inputs_first else new_shape
+    after = edit.resized(layer)
+    new_shape, fan_in = after.stored_shape, torch.Size(after.kernel_shape[1:]).numel()
     values: dict[str, Any] = {"in_channels": into, "out_channels": out, "kernel_shape": new_shape, "fan_in": fan_in}
     for name, meaning in layer.attributes.items():
         if not hasattr(module, name):

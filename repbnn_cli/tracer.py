@@ -183,7 +183,7 @@ class Tracer(fx.Tracer):
         node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
         node.meta["value"] = on_meta(value)
-        self.values[node] = _hollow(value) if self.shapes_only else value
+        self.values[node] = hollow(value) if self.shapes_only else value
         return node
 
     def _layer(self, product: products.Product) -> fx.Node:
@@ -246,19 +246,17 @@ class Tracer(fx.Tracer):
             if not self.shapes_only:
                 raise
             # in-place operators need a tensor with memory of its own
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _filled(self.values[n]))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: filled(self.values[n]))
             return self._execute(node, args, kwargs)
 
     def _execute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "output":
             return args[0]
-        if node.op == "call_function":
-            if node.target in CALLED_CONVOLUTIONS:
-                return self._run_convolution(node, args, kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
-        return self._run_leaf(node, args, kwargs)
+        if node.op == "call_module":
+            return self._run_leaf(node, args, kwargs)
+        if node.op == "call_function" and node.target in CALLED_CONVOLUTIONS:
+            return self._run_convolution(node, args, kwargs)
+        return execute(self.root, node, args, kwargs)
 
     def _run_convolution(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self.convolution_calls = True
@@ -366,21 +364,32 @@ def known_shape(module: nn.Module, args: Any) -> Tensor | None:
     return x.new_zeros(()).expand(len(x), conv.out_channels * getattr(conv, "rep_repeats", 1), *spatial)
 
 
-def _hollow(value: Any) -> Any:
+def hollow(value: Any) -> Any:
     """A tensor of the same shape without memory behind it: only shapes are wanted, and a network has many tensors."""
     return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) and value.numel() > 1 else value
 
 
-def _filled(value: Any) -> Any:
+def filled(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def fetch(root: nn.Module, path: str) -> Any:
-    """The module, parameter, buffer or attribute at a dotted path."""
+    """The module, parameter, buffer or attribute at a dotted path; the root itself at ""."""
     value: Any = root
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         value = getattr(value, name)
     return value
+
+
+def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node of a graph over `root` computes from the values of its arguments; not for placeholder and output."""
+    if node.op == "get_attr":
+        return fetch(root, str(node.target))
+    if node.op == "call_module":
+        return fetch(root, str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def on_meta(value: Any) -> Any:

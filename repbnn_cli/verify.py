@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.cpu_only import running
-from repbnn_cli.graph import unchanged
+from repbnn_cli.graph import random_inputs, unchanged
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
@@ -61,12 +61,7 @@ def verify(
 
 def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None) -> Certificate:
     network = plan.network
-    like = next(iter(model.parameters()), torch.zeros(()))
-    generator = torch.Generator(device=like.device).manual_seed(1)
-    inputs = [
-        torch.randn((batch or s[0], *s[1:]), generator=generator, device=like.device, dtype=like.dtype)
-        for s in network.example
-    ]
+    inputs = random_inputs(model, [(batch or s[0], *s[1:]) for s in network.example], seed=1)
     run = Lockstep(plan, rep, foreign=gradients)
     # Only foreign code can change tensors while it runs; copying all of a large network's weights to be safe costs.
     guard = contextlib.ExitStack()

@@ -17,8 +17,9 @@ from repbnn_cli.channels import Compact, Folded, State, Tiled, operator_name, pe
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Recipe
+from repbnn_cli.modes import is_write
 from repbnn_cli.plan import ModuleEdit, Step
-from repbnn_cli.positions import holds_tensor, weighs
+from repbnn_cli.positions import holds_tensor
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import static_nodes
@@ -57,7 +58,6 @@ class Walk:
         self.by_position: list[str] = []
         self._made: dict[fx.Node, Made] = {}
         self._static = static_nodes(network.graph)
-        self._weighs = weighs(network, layers)
         # Parameters that expanded tensors read as they are, through a selection: they must not be resized elsewhere.
         self._read_whole: dict[str, fx.Node] = {}
         self._tiled_as: dict[str, Tiled] = {}
@@ -69,7 +69,9 @@ class Walk:
         return new
 
     def _keep(self, node: fx.Node, new: fx.Node, state: State, *, by_position: bool = False) -> None:
-        self._made[node] = Made(new, state)
+        self._made[node] = made = Made(new, state)
+        if is_write(node) and node not in self._static and isinstance(node.args[0], fx.Node):
+            self._made[node.args[0]] = made  # other forms of it, made before, do not have what was written
         self.steps[node.name] = Step(new.name, state, static=node in self._static, by_position=by_position)
 
     def _copy_mapped(self, node: fx.Node, tensor: Callable[[fx.Node], fx.Node], *, folded: bool = False) -> fx.Node:
@@ -222,8 +224,8 @@ class Walk:
 
 
 def subject_of(node: fx.Node) -> str:
-    """What rules call a node that is no module: `module.path:node`, or the parameter's own path."""
-    if node.op == "get_attr":
+    """What rules call a node: a module's or parameter's own path, for an operator `module.path:node`."""
+    if node.op in ("call_module", "get_attr"):
         return str(node.target)
     return f"{node.meta.get('path', '')}:{node.name}"
 

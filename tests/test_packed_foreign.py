@@ -181,7 +181,7 @@ def test_another_scale_of_the_latent_kernel_is_refused(how: str) -> None:
     torch.manual_seed(0)
     origin = Origin(None, "net", {}, None, ((3, 8, 8),))
     network = capture(Net(Scaled).eval(), origin)
-    with pytest.raises(UsageError, match=r"conv1: takes more from its latent kernel weight than its signs and"):
+    with pytest.raises(UsageError, match=r"conv1.weight: the forward takes more from it than its signs and"):
         packed.pack(network, recognize(network), origin)
 
 

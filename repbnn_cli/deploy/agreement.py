@@ -30,9 +30,10 @@ from repbnn_cli.deploy.fuse import Fused, FusedBlock
 from repbnn_cli.graph import Network
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
-from repbnn_cli.lockstep import execute, tensors_of
+from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.logits import logits_of
-from repbnn_cli.probe import ConvCalls
+from repbnn_cli.probe import applying
+from repbnn_cli.tracer import execute
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4
@@ -105,7 +106,7 @@ def compare_modules(
             # The other's first, on copies: a module may write to what it is given.
             given = execute(again.module, node, *tree_map(_copied, (args, kwargs)))
             kernel = (kernels or {}).get(str(node.target))
-            with nullcontext() if kernel is None else _applying(kernel):
+            with nullcontext() if kernel is None else applying(kernel):
                 values[node] = execute(plain.module, node, args, kwargs)
             difference = _relative(values[node], given)
             compared += 1
@@ -116,10 +117,6 @@ def compare_modules(
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _applying(kernel: Tensor) -> ConvCalls:
-    return ConvCalls(lambda _, own: kernel, len(kernel))
 
 
 def _relative(expected: Any, given: Any) -> float:

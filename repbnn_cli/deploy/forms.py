@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.graph import unchanged
-from repbnn_cli.probe import ConvCall, ConvCalls
+from repbnn_cli.probe import ConvCall, ConvCalls, applying
 
 Pair = tuple[int, int]
 _TOLERANCE = 1e-5  # of the largest value; float32 rounding over one layer stays a decade below
@@ -85,9 +85,7 @@ class _Watched:
         self.calls, self.output, self.failure = self._run()
 
     def _run(self, kernel: Tensor | None = None) -> tuple[list[ConvCall], Tensor, str | None]:
-        with ConvCalls(
-            None if kernel is None else lambda i, given: kernel, 0 if kernel is None else len(kernel)
-        ) as seen:
+        with ConvCalls() if kernel is None else applying(kernel) as seen:
             try:
                 output = self.module(self.x)
             except Exception as error:  # a forward with more arguments, or made for one image size

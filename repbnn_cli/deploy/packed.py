@@ -208,7 +208,7 @@ class _Packing:
             behind = scale_beside(self.network, latent, calls, signs, magnitude)
             self.kernels[path]["latent"] = latent
         elif scaled and bool((magnitude == 1).all()):
-            behind = scale_behind(self.network, path, layer.kernel, signs)
+            behind = scale_behind(self.network, path, layer.kernel, signs, magnitude)
         if behind is not None:
             magnitude = behind
             self.kernels[path] |= {"latent": latent or f"{path}.{layer.kernel}", "behind": True}

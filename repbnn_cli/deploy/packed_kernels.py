@@ -6,7 +6,7 @@ repeat, and everything that asks what it is gets the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from repbnn_cli.deploy.zeros import inputs_like
 from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import tensors_of
-from repbnn_cli.probe import ConvCalls
+from repbnn_cli.probe import applying
 from repbnn_cli.static import evaluate, roots, static_nodes
 from repbnn_cli.tracer import fetch
 
@@ -37,12 +37,12 @@ class SubstitutedKernel:
     given_kernel: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with ConvCalls(lambda _, kernel: self.given_kernel, len(self.given_kernel)):
+        with applying(self.given_kernel):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 @torch.no_grad()
-def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Tensor | None:
+def scale_behind(network: Network, path: str, kernel: str, signs: Tensor, magnitude: Tensor) -> Tensor | None:
     """What a module multiplies its convolution of `signs` by, (O,): its latent kernel's mean |w| per filter, XNOR-Net's
     α written behind the convolution. None where it does nothing of the kind, as a trial shows.
 
@@ -52,28 +52,20 @@ def scale_behind(network: Network, path: str, kernel: str, signs: Tensor) -> Ten
     latent: Tensor = fetch(module, kernel)
     if latent.numel() != signs.numel():
         return None
-    kept, alpha = latent.detach().clone(), latent.detach().abs().reshape(len(signs), -1).mean(1)
+    kept = latent.detach().clone()
     generator = torch.Generator(device=latent.device).manual_seed(0)
     given = inputs_like(network, path, lambda x: x.normal_(generator=generator))
 
-    def output(of: Tensor) -> list[Tensor]:
-        """With `of` for the latent kernel, whatever its convolution makes of it: that takes the signs."""
-        latent.copy_(of.reshape(latent.shape))
+    def output(held: Tensor) -> list[Tensor]:
+        """With `held` for the latent kernel, whatever its convolution makes of it: that takes the signs."""
+        latent.copy_(held)
         try:
-            with ConvCalls(lambda _, kernel: signs.to(kernel), len(signs)):
+            with applying(signs):
                 return tensors_of(module(*given))
         finally:
             latent.copy_(kept)
 
-    expected = output(kept)
-    if _alike(expected, output(signs)):
-        return None
-    if _alike(expected, output(signs * alpha.view(-1, *[1] * (signs.ndim - 1)))):
-        return alpha
-    raise UsageError(
-        f"{path}: takes more from its latent kernel {kernel} than its signs and the mean |w| of each filter; it has no "
-        "packed form, keep a scale in a tensor of its own"
-    )
+    return _scale(output, kept, signs, magnitude, f"{path}.{kernel}")
 
 
 @torch.no_grad()
@@ -90,14 +82,21 @@ def scale_beside(network: Network, latent: str, calls: Set[str], signs: Tensor, 
 
     used = [n for n in static if any(user not in static and not given(n, user) for user in n.users)]
     used = [n for n in used if any(str(root.target) == latent for root in roots(n))]
-    mean = own.abs().reshape(len(signs), -1).mean(1) if len(own) == len(signs) else magnitude
+    return _scale(lambda held: [evaluate(module, n, {latent: held}) for n in used], own, signs, magnitude, latent)
+
+
+def _scale(
+    computed: Callable[[Tensor], list[Tensor]], own: Tensor, signs: Tensor, magnitude: Tensor, what: str
+) -> Tensor | None:
+    """The mean |w| of each filter where ±1 times it can stand for the latent kernel `own`, None where ±1 times
+    `magnitude` can. computed: what comes, beside the convolution, of a tensor in the latent kernel's place."""
+    expected = computed(own)
+    mean = own.abs().reshape(len(signs), -1).mean(1) if len(own) in (len(signs), own.numel()) else magnitude
     for scale in (magnitude.to(own), mean):
-        stand_in = as_stored(signs.to(own) * scale.view(-1, *[1] * (signs.ndim - 1)), own.shape)
-        before, after = ([evaluate(module, n, held) for n in used] for held in ({}, {latent: stand_in}))
-        if _alike(before, after):
+        if _alike(expected, computed(as_stored(signs.to(own) * scale.view(-1, *[1] * (signs.ndim - 1)), own.shape))):
             return mean if scale is mean else None
     raise UsageError(
-        f"{latent}: the forward takes more from it than its signs and the mean |w| of each filter; it has no packed "
+        f"{what}: the forward takes more from it than its signs and the mean |w| of each filter; it has no packed "
         "form, keep a scale in a tensor of its own"
     )
 

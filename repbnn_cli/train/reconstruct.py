@@ -31,9 +31,9 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Tiled
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.layers import LearnableBias, RPReLU
-from repbnn_cli.lockstep import execute, last_uses
+from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
-from repbnn_cli.tracer import fetch
+from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
