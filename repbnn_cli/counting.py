@@ -302,7 +302,9 @@ FREE_FUNCTIONS = names(
     contiguous clone detach to type type_as float double half bfloat16 bool int long cpu cuda identity requires_grad
     copy zeros ones full empty arange linspace tensor eye as_tensor zeros_like ones_like full_like empty_like
     new_zeros new_ones new_full new_empty dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
-    repbnn.set_data repbnn.fold repbnn.unfold repbnn.repeat_batch repbnn.add_channels repbnn._with_ndim
+    repbnn.set_data repbnn.fold repbnn.unfold repbnn.fold_last repbnn.unfold_last repbnn.repeat_last
+    repbnn.repeat_batch
+    repbnn.add_channels repbnn._with_ndim
     """
 )
 

@@ -233,15 +233,17 @@ class Explainer:
     def _maps(self, node: fx.Node) -> Iterator[ChannelMap]:
         edit = self.edits.get(subject_of(node))
         action = edit.action if edit is not None else ""
+        layer = self.plan.layers.get(subject_of(node))
+        last = layer is not None and layer.last_axis
         for source in node.all_input_nodes:
             value = source.meta["value"]
             if isinstance(value, Tensor) and source.op != "get_attr":
                 state = self._state(source)
                 if action == "first_replica":
                     state = None
-                elif action not in ("", "per_replica") and isinstance(state, Folded):  # unfolded for it
-                    state = plain(value.shape[1], self.plan.beta)
-                yield channel_map(state, tuple(value.shape[1:]))
+                elif action not in ("", "per_replica") and (isinstance(state, Folded) or (state and last)):  # unfolded
+                    state = plain(value.shape[-1 if last else 1], self.plan.beta)
+                yield channel_map(state, tuple(value.shape[1:]), value.ndim - 2 if last else 0)
 
     def _output(self, node: fx.Node) -> ChannelMap | None:
         value = node.meta["value"]

@@ -33,8 +33,8 @@ class ChannelMap:
     index: tuple[int, ...] | None = None
 
 
-def channel_map(state: State, shape: tuple[int, ...]) -> ChannelMap:
-    """What a tensor's channels stand for; shape: the source tensor's, without batch."""
+def channel_map(state: State, shape: tuple[int, ...], axis: int = 0) -> ChannelMap:
+    """What a tensor's channels stand for; shape: the source tensor's, without batch; axis: of the channels in it."""
     if state is None:
         return ChannelMap(shape, shape, "not expanded: the source network's channels as they are")
     if isinstance(state, Folded):
@@ -49,7 +49,8 @@ def channel_map(state: State, shape: tuple[int, ...]) -> ChannelMap:
             text += f" is convolution channel j mod {state.channels} and"
         text += f" stands for source channel j mod {state.source}"
         return ChannelMap(shape, (state.channels, *shape[1:]), text, state.index)
-    return ChannelMap(shape, (len(state.index), *shape[1:]), tiled_text(state), state.index)
+    after = (*shape[:axis], len(state.index), *shape[axis + 1 :])
+    return ChannelMap(shape, after, tiled_text(state), state.index)
 
 
 def tiled_text(state: Tiled) -> str:

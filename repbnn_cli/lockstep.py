@@ -27,6 +27,7 @@ from repbnn_cli.inherit import Columns, Kernel, Mean, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.probe import ConvCall, ConvCalls
+from repbnn_cli.rep_layers import first_replica
 from repbnn_cli.stand_ins import counting_replicas, filters, holding, per_source_channel, stand_ins
 from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.walk import subject_of
@@ -251,9 +252,12 @@ class Lockstep:
         actual = self._rep[rep]
         reference = self._source_value(source)
         if source.op == "call_module" and isinstance(reference, Tensor) and isinstance(actual, Tensor):
-            if (layer := self.plan.layers.get(str(source.target))) is not None and layer.inputs_first:
+            layer = self.plan.layers.get(str(source.target))
+            if layer is not None and layer.inputs_first:
                 sites = source.all_input_nodes[0].meta["value"].shape[2:].numel()
                 self.positions[layer.path] = sites, sites
+            elif layer is not None and layer.last_axis:
+                self.positions[layer.path] = reference.shape[1:-1].numel(), actual.shape[1:-1].numel()
             else:
                 self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
         if source.op == "get_attr" or self.plan.steps[source.name].static or not holds_tensor(actual):
@@ -307,13 +311,12 @@ class Lockstep:
                 return wanted
         return actual
 
-    @staticmethod
-    def _collapsed(actual: Tensor, state: State, channels: int) -> Tensor:
+    def _collapsed(self, actual: Tensor, state: State, channels: int) -> Tensor:
         if isinstance(state, Compact):
             return torch.cat([actual] * (channels // state.channels), 1)
         if isinstance(state, Tiled):
             return actual[:, list(state.first)]
-        return actual.clone()
+        return (first_replica(actual, self.plan.beta) if isinstance(state, Folded) else actual).clone()
 
 
 def _handed_on(actual: Any, expected: list[Tensor]) -> bool:

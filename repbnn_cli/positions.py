@@ -14,7 +14,7 @@ from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
 
 # Each multiplies by a matrix; where that is a parameter, it is a layer, whether or not it was told as one.
-_PRODUCTS = (
+PRODUCTS = (
     "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
@@ -39,7 +39,7 @@ def is_other_layer(network: Network, layers: Mapping[str, Layer], static: Set[fx
     held: Iterable[Any] = ()
     if _role(node, layers) in ("unknown", "weightless"):
         held = fetch(network.module, str(node.target)).parameters()
-    elif node.op in ("call_function", "call_method") and node not in static and operator_name(node) in _PRODUCTS:
+    elif node.op in ("call_function", "call_method") and node not in static and operator_name(node) in PRODUCTS:
         held = [n.meta["value"] for n in node.all_input_nodes if n in static and _of_parameters(n)]
     return any(isinstance(t, Tensor) and kernel_like(t) for t in held)
 

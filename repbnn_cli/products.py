@@ -23,7 +23,7 @@ _FUNCTIONS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Product:
-    """kind: "linear" for (N, I) → (N, O), "conv1d" for (N, I, L) → (N, O, L).
+    """kind: "linear" for (N, ..., I) → (N, ..., O), "conv1d" for (N, I, L) → (N, O, L).
 
     weight: what the kernel is made from: a node with (O, I), or, where `inputs_first`, with (I, O).
     """
@@ -51,7 +51,7 @@ def find(target: Any, args: Any, kwargs: Any, values: Mapping[fx.Node, Any], fix
     shapes = [values[n].ndim if isinstance(values[n], Tensor) else 0 for n in nodes]
     if bias and (shapes[0] != 1 or bias[0] not in fixed):
         return None
-    if left not in fixed and right in fixed and shapes[-2:] == [2, 2]:
+    if left not in fixed and right in fixed and shapes[-2] >= 2 == shapes[-1]:
         stored = _transposed(right)
         return Product("linear", left, stored or right, stored is None, bias[0] if bias else None)
     if left in fixed and right not in fixed and not bias and shapes == [2, 3] and _holds_patches(right, values):

@@ -82,10 +82,10 @@ class ValueProxy(fx.Proxy):
         return id(self)
 
     def __len__(self) -> int:
-        return len(self._value)
+        return original_len(self._value)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self._value))])  # type: ignore[index]
+        return iter([self[i] for i in range(original_len(self._value))])  # type: ignore[index]
 
     def __contains__(self, item: Any) -> bool:
         return item in self._value
@@ -132,6 +132,20 @@ class Method(ValueProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, name = object.__getattribute__(self, "_owner"), object.__getattribute__(self, "_name")
         return self.tracer.create_proxy("call_method", name, (owner, *args), kwargs)
+
+
+original_len = len
+
+
+def recorded_len(value: Any) -> Any:
+    """`len` while a forward is recorded: of a tensor its size, as a value of the graph.
+
+    Python turns what `__len__` gives into a number, and `x.view(len(x), -1)` would know one batch size only.
+    """
+    theirs = type(value) is ValueProxy and not is_ours(sys._getframe(1).f_code.co_filename)
+    if theirs and isinstance(value._value, Tensor):
+        return value.tracer.create_proxy("call_method", "size", (value, 0), {})
+    return original_len(value)
 
 
 def _inplace_method(operation: Callable[..., Any]) -> Callable[[ValueProxy, Any], Any]:

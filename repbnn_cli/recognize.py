@@ -8,7 +8,7 @@ only where it would have to handle an expanded tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
-from repbnn_cli.trials import first_tensor, is_read, mixes_channels, module_acts_per_sample, random_like
-from repbnn_cli.wording import some
+from repbnn_cli.trials import first_tensor, follows, is_read, mixes_channels, module_acts_per_sample, random_like
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 Declare = Callable[[str, tuple[str, ...]], ModuleRule | None]
@@ -42,6 +41,7 @@ class Layer:
     attributes: cached Python numbers, name → what they hold, as declared.
     called: a convolution that a forward calls as a function; its kernel is computed from parameters held elsewhere.
     per_replica: looks at all channels of a sample at once (a norm over channels): each replica is given to it alone.
+    last_axis: its channels come last, (N, T, C): a linear layer over tokens, or what has numbers for their channels.
     """
 
     path: str
@@ -60,6 +60,7 @@ class Layer:
     called: bool = False
     per_replica: bool = False
     inputs_first: bool = False
+    last_axis: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -95,8 +96,15 @@ def recognize(network: Network, declare: Declare | None = None) -> dict[str, Lay
         if node.op == "call_module" and node.target not in layers and node not in static:
             module = fetch(network.module, node.target)
             declared = declare(node.target, type_names(module)) if declare else None
-            layers[node.target] = _recognize(network, node, module, declared)
+            layer = _recognize(network, node, module, declared)
+            layers[node.target] = replace(layer, last_axis=layer.last_axis or _is_over_last_axis(node, layer))
     return layers
+
+
+def _is_over_last_axis(node: fx.Node, layer: Layer) -> bool:
+    x = node.args[0].meta["value"] if node.args and isinstance(node.args[0], fx.Node) else None
+    linear = layer.role in ("binary_linear", "float_linear")
+    return linear and isinstance(x, Tensor) and x.ndim > 2 and x.shape[-1] == layer.in_channels
 
 
 def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: ModuleRule | None) -> Layer:
@@ -120,7 +128,7 @@ def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: Mod
     ):
         return _torch_conv(path, module, convs)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return Layer(path, "batch_norm", f"is a {type(module).__name__}")
+        return _batch_norm(node, module)
     if isinstance(module, nn.LayerNorm):
         return Layer(path, "per_channel", f"is a {type(module).__name__}: each sample by itself")
     tensors = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.numel() > 1}
@@ -186,6 +194,19 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
         activation_bits=min((c.activation_bits for c in convs), default=32),
         out_tensors={"bias": 0} if getattr(module, "bias", None) is not None else {},
     )
+
+
+def _batch_norm(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -> Layer:
+    path, x = str(node.target), node.all_input_nodes[0].meta["value"]
+    layer = Layer(path, "batch_norm", f"is a {type(module).__name__}")
+    own = type(module).__module__.startswith("torch.nn.")
+    if own or not isinstance(x, Tensor) or x.ndim < 3 or x.shape[-1] != module.num_features:
+        return layer
+    held = (*module.named_parameters(), *module.named_buffers())
+    axes = {n: 0 for n, t in held if t.shape == (module.num_features,)}
+    if x.shape[1] == module.num_features and follows(node, module, axes, 1):
+        return layer
+    return replace(layer, in_tensors=axes, last_axis=True)
 
 
 def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: dict[str, Tensor]) -> Layer:
@@ -257,10 +278,14 @@ def _axes(
     """For each tensor beside the kernel: "out", "in", "none" or None (cannot be told), and the axis it is about."""
     # Only the first argument has channels; others may be thresholds or modes.
     given = random_like(node.args, next(iter(tensors.values())).device)
+    linear = conv.kind == "linear"
+    over_last = linear and given[0].shape[-1] == conv.kernel_shape[1]
+    in_axis = given[0].ndim - 1 if over_last else 1
+    out_axis = first_tensor(node.meta["value"]).ndim - 1 if over_last else 1
 
     def probe(training: bool | None) -> Probe:
         def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
-            x = given[0] if order is None else given[0].index_select(1, order.to(given[0].device))
+            x = given[0] if order is None else given[0].index_select(in_axis, order.to(given[0].device))
             with unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 if training is not None:
@@ -269,9 +294,10 @@ def _axes(
                     fetch(module, name).data = value
                 return first_tensor(module(x, *given[1:]))
 
-        return Probe(run, tensors, kernels, conv.kernel_shape, conv.groups, inputs_first=conv.transposed)
+        return Probe(
+            run, tensors, kernels, conv.kernel_shape, conv.groups, out_axis=out_axis, inputs_first=conv.transposed
+        )
 
-    linear = conv.kind == "linear"
     found = {n: probe(None).place(n, linear=linear) for n in tensors if n not in kernels}
     for name, (side, axis) in found.items():
         if side is None:  # without effect in this mode, it may have one in the other
@@ -285,16 +311,27 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
     path, name = str(node.target), type(module).__name__
     shapes = [a.meta["value"] for a in node.all_input_nodes]
     x = shapes[0] if shapes and isinstance(shapes[0], Tensor) and shapes[0].ndim >= 2 else None
-    channels = x.shape[1] if x is not None else 0
     axes = {n: [a for a, size in enumerate(t.shape) if size > 1] for n, t in tensors.items()}
-    wrong = [n for n, a in axes.items() if len(a) != 1 or tensors[n].shape[a[0]] != channels]
     result = node.meta["value"]
-    mixes = not isinstance(result, Tensor) or x is None or result.ndim < 2 or result.shape[1] != channels
-    if wrong or mixes:
+
+    def of_other_size(axis: int) -> list[str]:
+        return [n for n, a in axes.items() if len(a) != 1 or x is None or tensors[n].shape[a[0]] != x.shape[axis]]
+
+    def fits(axis: int) -> bool:
+        keeps = isinstance(result, Tensor) and x is not None and result.shape[axis:][:1] == x.shape[axis:][:1]
+        return keeps and not of_other_size(axis)
+
+    found = [axis for axis in ((1, x.ndim - 1) if x is not None and x.ndim > 2 else (1,)) if fits(axis)]
+    if not found or x is None:
+        wrong = of_other_size(1)
         why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
         return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
-    if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, next(iter(tensors.values()))):
-        if not module_acts_per_sample(node, module, next(iter(tensors.values()))):
+    like, along = next(iter(tensors.values())), {n: a[0] for n, a in axes.items()}
+    # As many channels as positions: its tensors belong to the axis whose order they follow.
+    axis = next((a for a in found if len(found) == 1 or follows(node, module, along, a)), found[0])
+    channels = x.shape[axis]
+    if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, like, axis):
+        if not module_acts_per_sample(node, module, like):
             why = "mixes channels, and samples, in a way that is not known"
             return Layer(path, "unknown", f"{name} {why}; declare what it is (`modules:`) in a rule file")
         return Layer(
@@ -304,7 +341,8 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
         path,
         "per_channel",
         f"{name} has {channels} channels in and out and only tensors of that size",
-        in_tensors={n: a[0] for n, a in axes.items()},
+        in_tensors=along,
+        last_axis=axis != 1,
     )
 
 
@@ -403,36 +441,3 @@ def _number(rule: ModuleRule, path: str, module: nn.Module, value: int | str, po
 
 def _axis(tensor: Tensor, size: int) -> int:
     return next((a for a, n in enumerate(tensor.shape) if n == size), 0)
-
-
-def never_called(network: Network) -> list[str]:
-    """Modules with a kernel of their own that the captured forward does not reach."""
-    reached = {str(n.target) for n in network.graph.nodes if n.op in ("call_module", "get_attr")}
-
-    def within(path: str) -> bool:
-        return any(f"{path}.".startswith(f"{r}.") or r.startswith(f"{path}.") for r in reached)
-
-    kernels = [p for p, m in network.module.named_modules() if any(t.dim() > 1 for t in m.parameters(recurse=False))]
-    return [path for path in kernels if path and not within(path)]
-
-
-_NOTHING_BINARY = (
-    "no layer is binary with these weights; if they are binarised from outside before each forward, or by a "
-    "temperature that falls in training, declare it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
-)
-
-
-def hints(network: Network, layers: Mapping[str, Layer]) -> list[str]:
-    """What a person should know about roles that hold for the tensors at hand, and may not be meant."""
-    asleep = never_called(network)
-    if asleep:
-        what = "never called on the example input, so kept as it is and counted nowhere"
-        return [f"{some(asleep)}: {what}; a branch that other inputs take into it would meet layers of another size"]
-    real = [p for p, layer in layers.items() if layer.weight_bits == 32 and layer.activation_bits == 1]
-    if not real:
-        convolves = any(layer.role in CONVOLUTIONS for layer in layers.values())
-        return [_NOTHING_BINARY] if convolves and not any(layer.binary for layer in layers.values()) else []
-    return [
-        f"1-bit inputs meet real weights in {some(real)}; if these are binarised from outside before each forward, "
-        "declare it (rule file: `modules: [{match: {path: ...}, role: binary_conv}]`)"
-    ]

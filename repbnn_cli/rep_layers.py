@@ -222,6 +222,26 @@ REP_BATCH_NORMS: dict[type[nn.Module], type[_RepBatchNorm]] = {
 }
 
 
+class RepLayerNorm(nn.LayerNorm):
+    """LayerNorm of each replica by itself, with scales and shifts of its own.
+
+    Takes and gives (N·β, ..., C), replicas as samples; weight and bias have β·C entries, replica after replica.
+    """
+
+    rep_beta: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.layer_norm(x, self.normalized_shape, eps=self.eps).unflatten(0, (-1, self.rep_beta))
+        rows = (self.rep_beta, *[1] * (x.ndim - 2), -1)
+        out = out * self.weight.view(rows)
+        if self.bias is not None:
+            out = out + self.bias.view(rows)
+        return out.flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, beta={self.rep_beta}"
+
+
 class ChannelSelect(nn.Module):
     """x[:, index]: the inputs that a last layer takes (ways 2 and 3), or a reordering of replicas.
 
@@ -258,6 +278,23 @@ def unfold(x: Tensor, beta: int) -> Tensor:
         return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
     replicas: Tensor = x.movedim(1, 3).unflatten(0, (-1, beta)).movedim(1, 3)
     return replicas.flatten(3, 4).movedim(3, 1)
+
+
+def fold_last(x: Tensor, beta: int) -> Tensor:
+    """(N, ..., β·C) → (N·β, ..., C): `fold` where channels come last, as in tokens (N, T, C)."""
+    replicas: Tensor = x.unflatten(-1, (beta, -1))
+    return replicas.movedim(-2, 1).flatten(0, 1)
+
+
+def unfold_last(x: Tensor, beta: int) -> Tensor:
+    """(N·β, ..., C) → (N, ..., β·C), the reverse of `fold_last`."""
+    replicas: Tensor = x.unflatten(0, (-1, beta))
+    return replicas.movedim(1, -2).flatten(-2)
+
+
+def repeat_last(x: Tensor, beta: int) -> Tensor:
+    """(N, ..., O/β) → (N·β, ..., O): a RepConv's output over the last axis, repeated β² times and folded."""
+    return repeat_batch(torch.cat([x] * beta, -1), beta)
 
 
 def first_replica(x: Tensor, beta: int) -> Tensor:

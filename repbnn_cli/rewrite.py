@@ -14,6 +14,7 @@ from torch import fx
 
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Compact, Folded, Tiled, operator_name
+from repbnn_cli.inherit import Tile
 from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
@@ -43,6 +44,16 @@ class Rewriter(ModuleWalk):
             self.notes.append(
                 f"{len(self.by_position)} sums take differently ordered replicas as they come ({self.by_position[0]} "
                 "first; rules: `align: position`): behind them the replicas of a channel are no longer alike"
+            )
+        if self.products:
+            self.notes.append(
+                f"{self._place(self.products[0])}: products of activations, {len(self.products)} in all, are computed "
+                f"for each replica, at {self.beta} times their cost"
+            )
+        if not any(isinstance(recipe, Tile) for edit in self.edits.values() for _, recipe in edit.tensors):
+            self.notes.append(
+                "no layer has parameters for each replica, so the replicas of a channel stay alike, in training too, "
+                "and add nothing; a BatchNorm, or a scale for each channel, behind a RepConv tells them apart"
             )
         self._follow_writes()
         self._repeat_in_convolutions()

@@ -8,12 +8,12 @@ import torch
 from torch import fx, nn
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, grouped, kind_of_module, plain
+from repbnn_cli.channels import Compact, Folded, Tiled, grouped, kind_of_module, plain
 from repbnn_cli.errors import UsageError
 from repbnn_cli.inherit import Columns, Kernel, Mean, Members, Recipe, Tile
 from repbnn_cli.operands import CannotTellError, operand_recipes
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
-from repbnn_cli.rewrite_operators import OperatorWalk
+from repbnn_cli.rewrite_operators import OperatorWalk, unfoldable
 from repbnn_cli.rules import Rule
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import shape_text
@@ -43,15 +43,14 @@ class ModuleWalk(OperatorWalk):
             given = len(self._tensors(node)) if not layer.called else 1
             if len(operands) != 1 or given != 1 or node.args[:1] != (expanded[0],):
                 self._refuse(node, "a convolution with several tensor arguments", "split it into two modules")
-            tokens = layer.role.endswith("linear") and expanded[0].meta["value"].ndim > 2
-            if tokens and rule.apply in ("rep_conv", "select_inputs"):
-                self._linear_of_tokens(node, rule)
-            elif rule.apply == "select_inputs":
+            if rule.apply == "select_inputs":
                 self._select_inputs(node, layer, rule)
             elif rule.apply == "tile":
                 self._depthwise(node, layer, rule)
             else:
                 self._rep_conv(node, layer, rule)
+        elif layer.role == "batch_norm" and layer.last_axis:
+            self._per_channel_last(node, layer, rule)
         elif layer.role == "batch_norm":
             self._batch_norm(node, layer, rule)
         elif layer.role == "per_channel":
@@ -61,17 +60,20 @@ class ModuleWalk(OperatorWalk):
             if not self._ends(node, rule, type(module).__name__):
                 self._weightless(node, kind_of_module(module), module, rule)
 
-    def _linear_of_tokens(self, node: fx.Node, rule: Rule) -> None:
-        """Channels that come last, (N, T, C), are not expanded by the rules; one replica can be taken of them."""
-        shape = tuple(node.args[0].meta["value"].shape)  # type: ignore[union-attr]
-        if rule.apply == "rep_conv" or (rule.share or self.last_layer) != "1_over_beta":
-            end = "" if rule.apply == "rep_conv" else "`--last-layer 1_over_beta` gives it one replica; "
+    def _inputs(self, x: fx.Node, layer: Layer) -> tuple[fx.Node, Tiled]:
+        """What a convolution takes, and the channel map of it.
+
+        Where channels come last, (N, T, C), the replicas are samples everywhere but in the layers over that axis.
+        """
+        if not layer.last_axis:
+            want = grouped(self._map(x), layer.groups) if layer.groups > 1 else self._map(x)
+            return self._reordered(x, want), want
+        if not unfoldable(x, self.network):
             self._refuse(
-                node, f"a linear layer over the last axis of {shape}, and a RepConv is made of channels in the second",
-                f"{end}write it as a convolution of size 1 over (N, C, T), or apply it to each replica (a rule with "
-                "`apply: tile`) at β times its cost",
+                x, f"{layer.path} is a linear layer over the last axis of this, whose first is not the batch",
+                "keep the batch first, or apply it to each replica (a rule with `apply: tile`) at β times its cost",
             )  # fmt: skip
-        self._ends(node, rule, str(node.target))
+        return self._as_unfolded_last(x), plain(layer.in_channels, self.beta)
 
     def _unexpanded_module(self, node: fx.Node, layer: Layer, rule: Rule | None) -> None:
         new = self._copy_mapped(node, lambda n: self._made[n].node)
@@ -83,6 +85,10 @@ class ModuleWalk(OperatorWalk):
             self._keep(node, new, None)
             return
         out = layer.out_channels
+        if layer.last_axis:
+            self._keep(node, self.graph.call_function(rep_layers.repeat_batch, (new, self.beta)), Folded())
+            self._edit(layer, rule, "repeat_output", f"({out})", f"({out * self.beta})", channels=None)
+            return
         # Behind a first layer all source channels are there; only the repeat is shared, β times.
         self._keep(node, new, Compact(out, self.beta, out, rule.repeat or "before_batch_norm"))
         self._edit(layer, rule, "repeat_output", f"({out})", f"({out * self.beta})", channels=None)
@@ -99,9 +105,7 @@ class ModuleWalk(OperatorWalk):
             )
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        state = self._map(x)
-        want = grouped(state, groups) if groups > 1 else state
-        source = self._reordered(x, want)
+        source, want = self._inputs(x, layer)
         members = Members(out, beta, "reshape" if self.inherit == "reshape" else "fold", groups)
         width = len(want.index) // groups
         kernel = Kernel(
@@ -116,6 +120,9 @@ class ModuleWalk(OperatorWalk):
         tensors += [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
         self._convolution(node, layer, rule, "rep_conv", kernel.new_shape, tensors, kernel, want.index)
         new = self._copy_mapped(node, lambda n: source if n is x else self._made[n].node)
+        if layer.last_axis:
+            self._keep(node, self.graph.call_function(rep_layers.repeat_last, (new, beta)), Folded())
+            return
         compact = Compact(out // beta, beta * beta, out, rule.repeat or "before_batch_norm", members)
         if groups == 1:
             self._keep(node, new, compact)
@@ -204,8 +211,14 @@ class ModuleWalk(OperatorWalk):
         if isinstance(module, nn.GroupNorm):
             self._group_norm(node, layer, rule)
             return
-        if layer.per_replica or isinstance(module, nn.LayerNorm):  # over the channels of one replica
+        if layer.per_replica:  # over the channels of one replica
             self._per_replica(node, rule)
+            return
+        if isinstance(module, nn.LayerNorm):
+            self._layer_norm(node, layer, rule, module)
+            return
+        if layer.last_axis:
+            self._per_channel_last(node, layer, rule)
             return
         maps = [self._map(n) for n in self._expanded(node)]
         if any(m != maps[0] for m in maps) or len(maps) != len(self._tensors(node)):
@@ -217,6 +230,36 @@ class ModuleWalk(OperatorWalk):
         before = f"({maps[0].source})"
         self._edit(layer, rule, "per_channel", before, f"({len(index)})", tensors, channels=(len(index), len(index)))
         self._keep(node, self._copy_mapped(node, self._as_tiled), maps[0])
+
+    def _per_channel_last(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        channels = x.meta["value"].shape[-1]
+        if not unfoldable(x, self.network) or len(self._tensors(node)) > 1:
+            self._per_replica(node, rule)
+            return
+        width = channels * self.beta
+        tensors: list[tuple[str, Recipe]] = [
+            (n, Tile(axis, plain(channels, self.beta).index)) for n, axis in layer.in_tensors.items()
+        ]
+        action = "batch_norm" if layer.role == "batch_norm" else "per_channel"
+        self._edit(layer, rule, action, f"({channels})", f"({width})", tensors, channels=(width, width))
+        source = self._as_unfolded_last(x)
+        new = self._copy_mapped(node, lambda _: source)
+        self._keep(node, self.graph.call_function(rep_layers.fold_last, (new, self.beta)), Folded())
+
+    def _layer_norm(self, node: fx.Node, layer: Layer, rule: Rule, module: nn.LayerNorm) -> None:
+        """Over the channels of one replica, wherever they stand; with parameters of its own where that can be said."""
+        size, x = shape_text(tuple(module.normalized_shape)), self._expanded(node)[0]
+        plain_one = type(module) is nn.LayerNorm and module.elementwise_affine and len(module.normalized_shape) == 1
+        if plain_one and unfoldable(x, self.network):
+            index = plain(module.normalized_shape[0], self.beta).index
+            tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index)) for n, _ in module.named_parameters()]
+            channels = (len(index), len(index))
+            self._edit(layer, rule, "per_channel", size, f"({len(index)})", tensors, channels=channels)
+            self._fold(node)
+        else:
+            self._per_replica(node, rule)
 
     def _group_norm(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         """Each replica keeps groups of its own, so the replicas have to lie one after the other."""
@@ -233,11 +276,11 @@ class ModuleWalk(OperatorWalk):
         """The last layer (ways 1 to 3): takes all, 1/β or 1/β² of the expanded inputs; its output is not expanded."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        state, share = self._map(x), rule.share or self.last_layer
+        share = rule.share or self.last_layer
         if layer.groups > 1:
             self._refuse(node, "a grouped last layer", "use a layer without groups")
+        source, state = self._inputs(x, layer)
         first_copies = [j for j, r in enumerate(state.replica) if r == 0]
-        source = self._as_tiled(x)
         if share == "all":
             recipe = Columns(tuple((i,) for i in state.index), 1 / self.beta)
             taken = list(range(len(state.index)))
@@ -256,7 +299,8 @@ class ModuleWalk(OperatorWalk):
             shared = range(self.beta if self.inherit == "fold" else 1)
             recipe = Columns(tuple(tuple(state.index[j] + s * kept for s in shared) for j in taken))
         if share != "all":
-            source = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(torch.tensor(taken)), source)
+            axis = x.meta["value"].ndim - 1 if layer.last_axis else 1
+            source = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(torch.tensor(taken), axis), source)
         if flat := self._flat_kernel(layer):
             self._refuse(node, f"a last layer that keeps its kernel flat, in {flat}", "store it as (out, in)")
         recipe = replace(recipe, axis=0 if layer.inputs_first else 1)

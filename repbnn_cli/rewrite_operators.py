@@ -29,7 +29,7 @@ from repbnn_cli.channels import (
 )
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Kernel, Recipe, Tile
-from repbnn_cli.positions import is_other_layer
+from repbnn_cli.positions import PRODUCTS, is_other_layer
 from repbnn_cli.probe import CALLED_CONVOLUTIONS
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
@@ -74,7 +74,7 @@ class OperatorWalk(Walk):
         ended: dict[fx.Node, fx.Node] = {}
         for operand in self._expanded(node):
             state, value = self._made[operand].state, operand.meta["value"]
-            if isinstance(state, Folded) and not _unfoldable(operand, self.network):
+            if isinstance(state, Folded) and not unfoldable(operand, self.network):
                 self._refuse(node, f"{what} ends the expansion where the batch is not the first axis", "end it before")
             if isinstance(state, Folded):
                 one = self.graph.call_function(rep_layers.first_replica, (self._made[operand].node, self.beta))
@@ -236,8 +236,10 @@ class OperatorWalk(Walk):
             or (self._made[n].state is not None and n.meta["value"].ndim != value.ndim)
             for n in tensors
         )
-        if folds and not all(isinstance(self._made[n].state, Folded) and _unfoldable(n, self.network) for n in tensors):
+        if folds and not all(isinstance(self._made[n].state, Folded) and unfoldable(n, self.network) for n in tensors):
             per_channel = [n for n in tensors if self._is_per_channel(n, value)]
+            if not per_channel and self._pointwise_last(node):
+                return None
             if not per_channel:
                 return self._fold(node)
         expanded = self._expanded(node)
@@ -253,6 +255,26 @@ class OperatorWalk(Walk):
         else:
             new = self._copy_mapped(node, lambda n: self._beside(node, n, value, want))
         return self._keep(node, new, want, by_position=as_they_come)
+
+    def _pointwise_last(self, node: fx.Node) -> bool:
+        """Beside parameters of the channels, where these come last, (N, T, C): each replica gets parameters of its own.
+
+        False, with nothing done, where there are none such or they cannot be tiled.
+        """
+        value, expanded = node.meta["value"], self._expanded(node)
+        beside = [n for n in self._tensors(node) if n not in expanded]
+        per_channel = [n for n in beside if _is_along_last(n.meta["value"], value)]
+        alone = all(unfoldable(n, self.network) and n.meta["value"].shape == value.shape for n in expanded)
+        if not per_channel or not alone or len(per_channel) < len(beside) or not self._static.issuperset(per_channel):
+            return False
+        want = plain(value.shape[-1], self.beta)
+        for n in per_channel:
+            if not self._tile_roots(n, n.meta["value"].ndim - 1, want):
+                self._read_whole.update({str(root.target): node for root in roots(n)})
+                return False
+        new = self._copy_mapped(node, lambda n: self._as_unfolded_last(n) if n in expanded else self._made[n].node)
+        self._keep(node, self.graph.call_function(rep_layers.fold_last, (new, self.beta)), Folded())
+        return True
 
     def _by_filter(self, tensors: list[fx.Node], value: Tensor) -> bool:
         """Whether a RepConv's output meets numbers of its filters (XNOR-Net's mean |W|): they follow from the resized
@@ -356,7 +378,7 @@ class OperatorWalk(Walk):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         axis = int(dim) % value.ndim  # type: ignore[arg-type]
         if axis == 0 or any(
-            isinstance(self._made[n].state, Folded) and not _unfoldable(n, self.network) for n in tensors
+            isinstance(self._made[n].state, Folded) and not unfoldable(n, self.network) for n in tensors
         ):
             return self._fold(node)
         if axis != 1:
@@ -379,6 +401,8 @@ class OperatorWalk(Walk):
             if isinstance(self._made[n].state, Tiled | Compact) and not isinstance(n.meta["value"], Tensor):
                 self._refuse(node, "takes a tuple of expanded tensors", "unpack it first")
         states = [self._made[n].state for n in self._expanded(node)]
+        if operator_name(node) in PRODUCTS and self._static.isdisjoint(self._tensors(node)):
+            self.products.append(node)
         reduced = reduces_channels(node) or all(isinstance(s, Folded) and s.reduced for s in states)
         self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded(reduced))
 
@@ -396,9 +420,15 @@ class OperatorWalk(Walk):
         )
 
 
-def _unfoldable(node: fx.Node, network: Network) -> bool:
+def unfoldable(node: fx.Node, network: Network) -> bool:
+    """Whether the samples of a tensor come first, so that replicas among them can become channels again."""
     value = node.meta["value"]
     return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == network.batch
+
+
+def _is_along_last(tensor: Tensor, x: Tensor) -> bool:
+    """Whether a tensor that x meets, element by element, has one value for each entry of its last axis."""
+    return x.ndim > 2 and tensor.ndim > 0 and tensor.numel() == tensor.shape[-1] == x.shape[-1] > 1
 
 
 def _channel_axis(tensor: Tensor, x: Tensor) -> int | None:

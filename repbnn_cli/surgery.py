@@ -19,12 +19,13 @@ from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
+from repbnn_cli.hints import hints
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import ends, holds_tensor, other_layers, positions
 from repbnn_cli.probe import ConvCalls
-from repbnn_cli.recognize import Layer, hints, recognize, type_names
-from repbnn_cli.rep_layers import REP_BATCH_NORMS, make_rep
+from repbnn_cli.recognize import Layer, recognize, type_names
+from repbnn_cli.rep_layers import REP_BATCH_NORMS, RepLayerNorm, make_rep
 from repbnn_cli.rewrite import Rewriter
 from repbnn_cli.rules import RuleSet, Subject
 from repbnn_cli.static import static_nodes
@@ -178,6 +179,9 @@ def _carry_out(
     elif edit.action == "rep_batch_norm":
         module.__class__ = REP_BATCH_NORMS[type(module)]
         module.beta, module.repeats = plan.beta, edit.repeats
+    elif type(module) is nn.LayerNorm:
+        module.__class__ = RepLayerNorm
+        module.rep_beta = plan.beta  # type: ignore[assignment]
 
 
 def _set_tensors(
@@ -247,7 +251,7 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
             for name, value in vars(owner).items():
                 if isinstance(value, tuple | list | torch.Size) and tuple(value) == layer.stored_shape:
                     setattr(owner, name, type(value)(new_shape))
-    run = _trial(module, edit, network)
+    run = _trial(module, edit, network, axis=-1 if layer.last_axis else 1)
     failure = run()
     if failure is None:
         return
@@ -268,8 +272,8 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
     )  # fmt: skip
 
 
-def _trial(module: nn.Module, edit: ModuleEdit, network: Network) -> Callable[[], str | None]:
-    """Runs the resized module on a random input; None when it gives the channels that the plan expects."""
+def _trial(module: nn.Module, edit: ModuleEdit, network: Network, *, axis: int) -> Callable[[], str | None]:
+    """Runs the resized module on a random input; None when it gives the planned channels, along `axis`."""
     node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == edit.path)
     assert edit.channels is not None
     into, out = edit.channels
@@ -279,7 +283,9 @@ def _trial(module: nn.Module, edit: ModuleEdit, network: Network) -> Callable[[]
         value = arg.meta["value"] if isinstance(arg, fx.Node) else arg
         if not isinstance(value, Tensor):
             return value
-        shape = (value.shape[0], into, *value.shape[2:]) if value.ndim > 1 else value.shape
+        shape = list(value.shape)
+        if value.ndim > 1:
+            shape[axis] = into
         return torch.randn(shape, dtype=like.dtype, device=like.device)
 
     def run() -> str | None:
@@ -288,7 +294,7 @@ def _trial(module: nn.Module, edit: ModuleEdit, network: Network) -> Callable[[]
                 result = module(*[argument(a) for a in node.args])
             except Exception as error:
                 return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        if not isinstance(result, Tensor) or result.shape[1] != out:
+        if not isinstance(result, Tensor) or result.shape[axis] != out:
             return f"gives {tuple(getattr(result, 'shape', ()))}, expected {out} channels"
         return None
 

@@ -6,6 +6,7 @@ autograd.Functions are recorded or simply run; a decision on a tensor's value is
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
 import operator
@@ -25,7 +26,15 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.layers import LearnableBias
 from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts
-from repbnn_cli.proxies import INPLACE, Method, ValueProxy, is_ours, set_data, user_line
+from repbnn_cli.proxies import (
+    INPLACE,
+    Method,
+    ValueProxy,
+    is_ours,
+    recorded_len,
+    set_data,
+    user_line,
+)
 from repbnn_cli.rep_layers import RepConv2d
 
 LeafPolicy = Callable[[str, nn.Module], bool]
@@ -145,9 +154,11 @@ class Tracer(fx.Tracer):
     # -- what fx asks ------------------------------------------------------------------------------------------------
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         _recording.append(self)
+        outer, builtins.len = builtins.len, recorded_len
         try:
             return super().trace(root, concrete_args)
         finally:
+            builtins.len = outer
             _recording.pop()
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.graph import unchanged
+from repbnn_cli.tracer import fetch
 
 
 def random_like(arguments: Iterable[Any], device: torch.device | str = "cpu") -> list[Any]:
@@ -50,17 +51,37 @@ def is_read(module: nn.Module, path: str, inputs: list[Any]) -> bool:
     return read
 
 
-def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor) -> bool:
-    """Whether a result's channels change when others of the input do."""
+def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor, axis: int = 1) -> bool:
+    """Whether a result's channels, along `axis`, change when others of the input do."""
     x, *others = random_like(node.args, like.device)
-    half = x.shape[1] // 2
-    changed = torch.cat([x[:, :half] * 0.5 - 0.1, x[:, half:]], 1)
+    half = x.shape[axis] // 2
+    changed = x.clone()
+    changed.narrow(axis, 0, half).mul_(0.5).sub_(0.1)
     results = []
     for given in (x.clone(), changed):
         with unchanged(module), torch.no_grad():
             torch.manual_seed(0)
-            results.append(first_tensor(module(given, *others))[:, half:])
+            result = first_tensor(module(given, *others))
+            results.append(result.narrow(axis, half, result.shape[axis] - half))
     return not torch.equal(*results)
+
+
+def follows(node: fx.Node, module: nn.Module, axes: Mapping[str, int], axis: int) -> bool:
+    """Whether a result follows when its input and the module's tensors (name → axis) are put into another order.
+
+    axis: of input and result, along which the order changes.
+    """
+    x, *others = random_like(node.args, next(iter(module.parameters()), torch.zeros(())).device)
+
+    def run(given: Tensor, *, rolled: bool) -> Tensor:
+        with unchanged(module), torch.no_grad():
+            for name, at in axes.items() if rolled else ():
+                tensor = fetch(module, name)
+                tensor.data = tensor.data.roll(1, at)
+            torch.manual_seed(0)
+            return first_tensor(module(given, *others))
+
+    return torch.allclose(run(x.roll(1, axis), rolled=True), run(x, rolled=False).roll(1, axis), rtol=1e-5, atol=1e-6)
 
 
 def module_acts_per_sample(node: fx.Node, module: nn.Module, like: Tensor) -> bool:

@@ -61,7 +61,13 @@ def verify(
 
 def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None) -> Certificate:
     network = plan.network
-    inputs = random_inputs(model, [(batch or s[0], *s[1:]) for s in network.example], seed=1)
+
+    def random(samples: int) -> list[Tensor]:
+        return random_inputs(model, [(samples, *s[1:]) for s in network.example], seed=1)
+
+    inputs = random(batch or network.batch)
+    if gradients and batch is None and _runs(model, more := random(network.batch + 1)):
+        inputs = more  # what a forward knows of its batch would go unnoticed with the one of the capture
     run = Lockstep(plan, rep, foreign=gradients)
     # Only foreign code can change tensors while it runs; copying all of a large network's weights to be safe costs.
     guard = contextlib.ExitStack()
@@ -70,14 +76,19 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
         guard.enter_context(unchanged(rep))
     carried = _carried(plan, rep)
     with guard, _evaluating(model, network.module, rep), torch.no_grad():
+        captured = _captured(model, network.module, inputs, network.batch) if gradients else None
+        if captured is not None and captured.values["max_abs"] is None:  # its graph does not run on these
+            return Certificate((captured, carried))
         try:
             outputs = run.run(model, inputs)
         except StuckError as error:
             text = f"does not run at {error.place} ({error})"
             stuck = Check("merged-kernel identity", False, text, {"failed": [error.place]})
             return Certificate((carried, stuck))
-        same = _captured(model, network.module, inputs) if run.partial or run.unseen else _same(run.delta)
-        checks = [same, carried, _shapes(outputs, run.given), _costs(plan, rep, run), _identity(plan, run)]
+        if captured is None:
+            same = _same(run.delta)
+            captured = _captured(model, network.module, inputs, network.batch) if run.partial or run.unseen else same
+        checks = [captured, carried, _shapes(outputs, run.given), _costs(plan, rep, run), _identity(plan, run)]
         if run.failed and _draws(network.module, inputs):
             text = f"{checks[-1].summary}; the network draws random numbers in eval mode: make it deterministic there"
             checks[-1] = replace(checks[-1], summary=text)
@@ -85,6 +96,15 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
         with _evaluating(model, network.module):
             checks.insert(1, _training(model, network.module, inputs))
     return Certificate(tuple(checks))
+
+
+def _runs(model: nn.Module, inputs: list[Tensor]) -> bool:
+    try:
+        with unchanged(model), _evaluating(model), torch.no_grad():
+            model(*_copies(inputs))
+    except Exception:  # somebody else's code, which may keep tensors as long as its batch
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -99,12 +119,22 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _captured(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Check:
-    outputs = []
-    for network in (model, captured):
+def _captured(model: nn.Module, captured: nn.Module, inputs: list[Tensor], batch: int) -> Check:
+    """batch: of the capture. Another one shows whether the graph holds for all, which a loop over samples does not."""
+
+    def run(network: nn.Module, given: list[Tensor]) -> Any:
         with unchanged(model):  # a forward may write to its own tensors
-            outputs.append(network(*_copies(inputs)))
-    return _same(difference(*outputs))
+            return network(*_copies(given))
+
+    expected = run(model, inputs)
+    try:
+        delta = difference(expected, run(captured, inputs))
+    except Exception:
+        delta = float("inf")
+    if delta == float("inf") and len(inputs[0]) != batch:
+        text = f"holds for batches of {batch} only: let its forward take sizes from tensors, and not loop over samples"
+        return Check("captured = source", False, text, {"max_abs": None})
+    return _same(delta)
 
 
 def _copies(inputs: list[Tensor]) -> list[Tensor]:

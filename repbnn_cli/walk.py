@@ -56,6 +56,7 @@ class Walk:
         self.steps: dict[str, Step] = {}
         self.notes: list[str] = []
         self.by_position: list[str] = []
+        self.products: list[fx.Node] = []  # of activations, computed for each replica
         self._made: dict[fx.Node, Made] = {}
         self._static = static_nodes(network.graph)
         # Parameters that expanded tensors read as they are, through a selection: they must not be resized elsewhere.
@@ -136,6 +137,10 @@ class Walk:
                 tiled = self._reordered(node, plain(state.source, self.beta))
                 made.folded = self.graph.call_function(rep_layers.fold, (tiled, self.beta))
         return made.folded
+
+    def _as_unfolded_last(self, node: fx.Node) -> fx.Node:
+        """(N, ..., β·C), replica after replica along the last axis."""
+        return self.graph.call_function(rep_layers.unfold_last, (self._as_folded(node), self.beta))
 
     def _reordered(self, node: fx.Node, want: Tiled) -> fx.Node:
         """The tiled tensor with its replicas in the order of `want`."""

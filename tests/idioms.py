@@ -156,6 +156,14 @@ class InstanceChecks(_Idiom):
         return self.bn1(self.conv(x))
 
 
+class Lengths(_Idiom):
+    """The batch and its channels by `len`, in views and as numbers."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = x.view(len(x), 2, -1, *x.shape[2:]).flip(1).reshape(len(x), len(x[0]), *x.shape[2:])
+        return self.bn1(self.conv(y)) + x.new_ones(len(x), 1, 1, 1) / len(x)
+
+
 class TrainingFlag(_Idiom):
     """`self.training` handed to a function: the graph has to follow train() and eval()."""
 

@@ -433,24 +433,3 @@ def test_a_binary_layer_of_few_inputs_is_binary() -> None:
     layers = recognize(capture(made(Narrow), Origin(None, "net", {}, None, ((3, 8, 8),))))
     (hidden,) = (layer for path, layer in layers.items() if path.startswith("hidden"))
     assert (hidden.role, hidden.weight_bits, hidden.activation_bits) == ("binary_linear", 1, 1)
-
-
-class Tokens(Net):
-    """A linear layer over the last axis, where the number of tokens is that of the channels; and one as the head."""
-
-    def setup(self, c: int) -> None:
-        self.mix, self.head = nn.Linear(c, c), nn.Linear(c, 10)
-
-    def end(self, x: Tensor) -> object:
-        tokens = F.avg_pool2d(x, 2).flatten(2).transpose(1, 2)
-        return self.head(tokens + self.mix(tokens))
-
-
-def test_linear_layers_of_tokens_are_refused_or_applied_to_each_replica() -> None:
-    with pytest.raises(SurgeryError, match=r"\(mix\).*a linear layer over the last axis of \(2, 16, 16\)"):
-        planned(made(Tokens))
-    tiled = "extends: reptran\nrules:\n  mix: {part: backbone, match: {path: mix}, apply: tile}\n"
-    with pytest.raises(SurgeryError, match=r"\(head\).*`--last-layer 1_over_beta` gives it one replica"):
-        planned(made(Tokens), rules=loads(tiled))
-    found = actions(check(Tokens, rules=loads(tiled), last_layer="1_over_beta"))
-    assert (found["mix"], found["head"]) == ("per_replica", "first_replica")

@@ -141,8 +141,8 @@ def test_outputs_in_the_middle_are_described_as_they_are() -> None:
             return maps, self.head2(x + self.back(maps))
 
     check = next(c for c in certified(Stages()).checks if c.name == "output shapes")
-    assert check.values["source"] == [(2, 6, 8, 8), (2, 6, 8, 8)]
-    assert check.values["rep"] == [(2, 12, 8, 8), (2, 6, 8, 8)]
+    assert check.values["source"] == [(3, 6, 8, 8), (3, 6, 8, 8)]
+    assert check.values["rep"] == [(3, 12, 8, 8), (3, 6, 8, 8)]
     assert check.summary.endswith("some carry all replicas of their channels")
 
 

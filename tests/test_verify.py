@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import BinaryConv, Body, Residual, Sign, images, planned, randomize, transformed, written
+from networks import BConv, BinaryConv, Body, Residual, Sign, images, planned, randomize, transformed, written
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -202,6 +202,26 @@ def test_a_stride_also_costs(model: nn.Module) -> None:
     found = failed(verify(model, plan, rep, gradients=False))
     assert "convolution cost unchanged" in found or "does not run" in found["merged-kernel identity"].summary
     assert json.dumps([c.values for c in found.values()], allow_nan=False)
+
+
+class OneByOne(nn.Module):
+    """Loops over its samples, which a graph holds for as many as it was captured with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 3), BConv(8, 8, 3, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x[i] - x[i].mean() for i in range(x.shape[0])])
+        return self.fc(self.conv(self.stem(x)).mean((2, 3)))
+
+
+def test_a_graph_that_holds_for_one_size_of_batches() -> None:
+    model = OneByOne().eval()
+    plan = planned(model)
+    check = verify(model, plan, surgery.apply(plan), gradients=True).checks[0]
+    assert not check.passed
+    assert check.summary.startswith("holds for batches of 2 only: ")
 
 
 def test_a_graph_that_is_not_the_source(model: nn.Module) -> None:

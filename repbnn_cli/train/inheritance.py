@@ -22,6 +22,7 @@ from repbnn_cli.tracer import fetch
 from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.feeds import Feed
 from repbnn_cli.train.reconstruct import Fitted
+from repbnn_cli.wording import some
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Preparation:
             units = reconstruct.reconstruct(
                 self.plan, network, batches, steps=self.fit, spread=self.spread, on_unit=heard
             )
+            self._say_what_was_left({unit.path for unit in units})
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
         if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
@@ -85,6 +87,16 @@ class Preparation:
         if self.batches:
             facts["calibrated_batches"] = measure.calibrate(network, feed.train.epoch(0), self.batches)
         return facts
+
+    def _say_what_was_left(self, fitted: set[str]) -> None:
+        assert self.plan is not None
+        made = [e.path for e in self.plan.edits if e.action in ("rep_conv", "select_inputs")]
+        left = [path for path in made if path not in fitted]
+        if left and self.on_note is not None:
+            self.on_note(
+                f"{len(left)} of {len(made)} layers keep what they inherited ({some(left)}): called as functions or "
+                "several times, or behind them nothing that the source has a value for"
+            )
 
 
 @dataclass(frozen=True)

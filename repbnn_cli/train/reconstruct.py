@@ -27,19 +27,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Tiled
+from repbnn_cli.channels import Folded, Tiled
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
+from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
 _MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU)
-_FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, F.hardtanh, F.relu, F.prelu, torch.relu,
-              torch.clamp, F.leaky_relu}  # fmt: skip
+_FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
+              F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
+              rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
 _METHODS = {"add", "add_", "clamp", "clamp_", "relu", "sub"}
 _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
 
@@ -210,13 +213,19 @@ class _Fitting:
         if twin is None:
             return False
         step = self.plan.steps[twin.name]
-        return not step.static and not step.by_position and (step.state is None or isinstance(step.state, Tiled))
+        if step.static or step.by_position:
+            return False
+        if isinstance(step.state, Folded):
+            return unfoldable(twin, self.source)
+        return step.state is None or isinstance(step.state, Tiled)
 
     def _wanted(self, end: fx.Node, first: int | None = None) -> list[Tensor]:
         """The source's values at a node, with the channels that the Rep network has there; first: batches only."""
         twin = self.twin[end.name]
         state = self.plan.steps[twin.name].state
         found: list[Tensor] = self._target(twin)[:first]
+        if isinstance(state, Folded):
+            return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
         if not isinstance(state, Tiled):
             return found
         index = torch.tensor(state.index, device=found[0].device)
