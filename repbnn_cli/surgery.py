@@ -18,6 +18,7 @@ from repbnn_cli.binary_conv import BinaryConv2d, RBNNConv2d
 from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
+from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.hints import hints
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
@@ -218,6 +219,9 @@ def _set_known_numbers(module: nn.Module, edit: ModuleEdit) -> None:
         module.in_channels, module.out_channels = into, out
         if edit.action == "depthwise":
             module.groups = into
+    elif isinstance(module, ConvolutionCall):
+        if edit.action == "depthwise":
+            module.groups = module.options["groups"] = into
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = into, out
     elif isinstance(module, nn.modules.batchnorm._NormBase):

@@ -16,6 +16,7 @@ namesake on the same inputs, so that a sign that rounding flipped in one counts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def compare_modules(
                 values[node] = execute(plain.module, node, args, kwargs)
             difference = _relative(values[node], given)
             compared += 1
-            if not difference <= largest:
+            if not math.isnan(largest) and not difference <= largest:
                 largest, where = difference, str(node.target)
     return ModuleAgreement(compared, largest, where)
 
@@ -121,9 +122,8 @@ def _copied(value: Any) -> Any:
 
 def _relative(expected: Any, given: Any) -> float:
     pairs = list(zip(tensors_of(expected), tensors_of(given), strict=True))
-    return max(
-        (float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel()), default=0.0
-    )
+    found = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel()]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 @torch.no_grad()
