@@ -257,7 +257,8 @@ class Lockstep:
                 sites = source.all_input_nodes[0].meta["value"].shape[2:].numel()
                 self.positions[layer.path] = sites, sites
             elif layer is not None and layer.last_axis:
-                self.positions[layer.path] = reference.shape[1:-1].numel(), actual.shape[1:-1].numel()
+                sites = reference[..., 0].numel(), actual[..., 0].numel() // self.plan.beta
+                self.positions[layer.path] = sites[0] // self._samples, sites[1] // self._samples
             else:
                 self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
         if source.op == "get_attr" or self.plan.steps[source.name].static or not holds_tensor(actual):

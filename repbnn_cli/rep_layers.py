@@ -225,18 +225,18 @@ REP_BATCH_NORMS: dict[type[nn.Module], type[_RepBatchNorm]] = {
 class RepLayerNorm(nn.LayerNorm):
     """LayerNorm of each replica by itself, with scales and shifts of its own.
 
-    Takes and gives (N·β, ..., C), replicas as samples; weight and bias have β·C entries, replica after replica.
+    Takes and gives (N·β·W, ..., C), replicas as samples; weight and bias have β·C entries, replica after replica.
     """
 
     rep_beta: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.layer_norm(x, self.normalized_shape, eps=self.eps).unflatten(0, (-1, self.rep_beta))
-        rows = (self.rep_beta, *[1] * (x.ndim - 2), -1)
-        out = out * self.weight.view(rows)
+    def forward(self, x: Tensor, samples: int | None = None) -> Tensor:
+        out = replicas_of(F.layer_norm(x, self.normalized_shape, eps=self.eps), self.rep_beta, samples)
+        own = (self.rep_beta, *[1] * (x.ndim - 1), -1)
+        out = out * self.weight.view(own)
         if self.bias is not None:
-            out = out + self.bias.view(rows)
-        return out.flatten(0, 1)
+            out = out + self.bias.view(own)
+        return out.flatten(0, 2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, beta={self.rep_beta}"
@@ -264,37 +264,57 @@ class ChannelSelect(nn.Module):
         return f"{len(self.index)} channels"
 
 
-def fold(x: Tensor, beta: int) -> Tensor:
-    """(N, β·C, ...) in replicas of C → (N·β, C, ...): an operation without parameters then sees the source's shape."""
+# Replicas as samples. W rows of axis 0 belong to each sample (windows of an image, say): 1 if `samples`, N, is None.
+
+
+def fold(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·W, β·C, ...) in replicas of C → (N·β·W, C, ...): an operation without parameters then sees the source's
+    shape."""
+    if samples is not None:
+        by_sample: Tensor = _rows(x, samples).unflatten(2, (beta, -1))
+        return by_sample.movedim(2, 1).flatten(0, 2)
     if _channel_axis(x) == 1:
         return x.reshape(x.shape[0] * beta, x.shape[1] // beta, *x.shape[2:])
     replicas: Tensor = x.movedim(1, 3).unflatten(3, (beta, -1)).movedim(3, 1)
     return replicas.flatten(0, 1).movedim(3, 1)
 
 
-def unfold(x: Tensor, beta: int) -> Tensor:
-    """(N·β, C, ...) → (N, β·C, ...), the reverse of `fold`."""
+def unfold(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·β·W, C, ...) → (N·W, β·C, ...), the reverse of `fold`."""
+    if samples is not None:
+        return replicas_of(x, beta, samples).movedim(1, 2).flatten(2, 3).flatten(0, 1)
     if _channel_axis(x) == 1:
         return x.reshape(x.shape[0] // beta, beta * x.shape[1], *x.shape[2:])
     replicas: Tensor = x.movedim(1, 3).unflatten(0, (-1, beta)).movedim(1, 3)
     return replicas.flatten(3, 4).movedim(3, 1)
 
 
-def fold_last(x: Tensor, beta: int) -> Tensor:
-    """(N, ..., β·C) → (N·β, ..., C): `fold` where channels come last, as in tokens (N, T, C)."""
-    replicas: Tensor = x.unflatten(-1, (beta, -1))
-    return replicas.movedim(-2, 1).flatten(0, 1)
+def fold_last(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·W, ..., β·C) → (N·β·W, ..., C): `fold` where channels come last."""
+    replicas: Tensor = _rows(x, samples).unflatten(-1, (beta, -1))
+    return replicas.movedim(-2, 1).flatten(0, 2)
 
 
-def unfold_last(x: Tensor, beta: int) -> Tensor:
-    """(N·β, ..., C) → (N, ..., β·C), the reverse of `fold_last`."""
-    replicas: Tensor = x.unflatten(0, (-1, beta))
-    return replicas.movedim(1, -2).flatten(-2)
+def unfold_last(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·β·W, ..., C) → (N·W, ..., β·C), the reverse of `fold_last`."""
+    return replicas_of(x, beta, samples).movedim(1, -2).flatten(-2).flatten(0, 1)
 
 
-def repeat_last(x: Tensor, beta: int) -> Tensor:
-    """(N, ..., O/β) → (N·β, ..., O): a RepConv's output over the last axis, repeated β² times and folded."""
-    return repeat_batch(torch.cat([x] * beta, -1), beta)
+def repeat_last(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·W, ..., O/β) → (N·β·W, ..., O): a RepConv's output over the last axis, repeated β² times and folded."""
+    return repeat_batch(torch.cat([x] * beta, -1), beta, samples)
+
+
+def replicas_of(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·β·W, ...) → (N, β, W, ...)."""
+    replicas: Tensor = _rows(x, None if samples is None else samples * beta).unflatten(0, (-1, beta))
+    return replicas
+
+
+def _rows(x: Tensor, samples: int | None) -> Tensor:
+    """(N·W, ...) → (N, W, ...)."""
+    rows: Tensor = x.unflatten(0, (-1, 1) if samples is None else (samples, -1))
+    return rows
 
 
 def first_replica(x: Tensor, beta: int) -> Tensor:
@@ -307,9 +327,11 @@ def mean_of_replicas(x: Tensor, beta: int) -> Tensor:
     return x.unflatten(0, (-1, beta)).mean(1) if x.is_floating_point() else first_replica(x, beta)
 
 
-def repeat_batch(x: Tensor, beta: int) -> Tensor:
-    """(N, ...) → (N·β, ...): each sample β times, beside the replicas of a folded tensor."""
-    return x.repeat_interleave(beta, 0)
+def repeat_batch(x: Tensor, beta: int, samples: int | None = None) -> Tensor:
+    """(N·W, ...) → (N·β·W, ...): each sample β times, beside the replicas of a folded tensor."""
+    if samples is None:
+        return x.repeat_interleave(beta, 0)
+    return _rows(x, samples).repeat_interleave(beta, 0).flatten(0, 1)
 
 
 def add_channels(x: Tensor, beta: int) -> Tensor:

@@ -13,7 +13,7 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.inherit import Columns, Kernel, Mean, Members, Recipe, Tile
 from repbnn_cli.operands import CannotTellError, operand_recipes
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
-from repbnn_cli.rewrite_operators import OperatorWalk, unfoldable
+from repbnn_cli.rewrite_operators import OperatorWalk
 from repbnn_cli.rules import Rule
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import shape_text
@@ -68,12 +68,15 @@ class ModuleWalk(OperatorWalk):
         if not layer.last_axis:
             want = grouped(self._map(x), layer.groups) if layer.groups > 1 else self._map(x)
             return self._reordered(x, want), want
-        if not unfoldable(x, self.network):
+        self._need_samples_first(x, layer)
+        return self._as_unfolded_last(x), plain(layer.in_channels, self.beta)
+
+    def _need_samples_first(self, x: fx.Node, layer: Layer) -> None:
+        if not self._rows_per_sample(x):
             self._refuse(
                 x, f"{layer.path} is a linear layer over the last axis of this, whose first is not the batch",
                 "keep the batch first, or apply it to each replica (a rule with `apply: tile`) at β times its cost",
             )  # fmt: skip
-        return self._as_unfolded_last(x), plain(layer.in_channels, self.beta)
 
     def _unexpanded_module(self, node: fx.Node, layer: Layer, rule: Rule | None) -> None:
         new = self._copy_mapped(node, lambda n: self._made[n].node)
@@ -86,7 +89,8 @@ class ModuleWalk(OperatorWalk):
             return
         out = layer.out_channels
         if layer.last_axis:
-            self._keep(node, self.graph.call_function(rep_layers.repeat_batch, (new, self.beta)), Folded())
+            self._need_samples_first(node, layer)
+            self._keep(node, self._by_rows(rep_layers.repeat_batch, new, node), Folded())
             self._edit(layer, rule, "repeat_output", f"({out})", f"({out * self.beta})", channels=None)
             return
         # Behind a first layer all source channels are there; only the repeat is shared, β times.
@@ -121,7 +125,7 @@ class ModuleWalk(OperatorWalk):
         self._convolution(node, layer, rule, "rep_conv", kernel.new_shape, tensors, kernel, want.index)
         new = self._copy_mapped(node, lambda n: source if n is x else self._made[n].node)
         if layer.last_axis:
-            self._keep(node, self.graph.call_function(rep_layers.repeat_last, (new, beta)), Folded())
+            self._keep(node, self._by_rows(rep_layers.repeat_last, new, node), Folded())
             return
         compact = Compact(out // beta, beta * beta, out, rule.repeat or "before_batch_norm", members)
         if groups == 1:
@@ -235,7 +239,7 @@ class ModuleWalk(OperatorWalk):
         x = node.args[0]
         assert isinstance(x, fx.Node)
         channels = x.meta["value"].shape[-1]
-        if not unfoldable(x, self.network) or len(self._tensors(node)) > 1:
+        if not self._rows_per_sample(x) or len(self._tensors(node)) > 1:
             self._per_replica(node, rule)
             return
         width = channels * self.beta
@@ -246,18 +250,21 @@ class ModuleWalk(OperatorWalk):
         self._edit(layer, rule, action, f"({channels})", f"({width})", tensors, channels=(width, width))
         source = self._as_unfolded_last(x)
         new = self._copy_mapped(node, lambda _: source)
-        self._keep(node, self.graph.call_function(rep_layers.fold_last, (new, self.beta)), Folded())
+        self._keep(node, self._by_rows(rep_layers.fold_last, new, node), Folded())
 
     def _layer_norm(self, node: fx.Node, layer: Layer, rule: Rule, module: nn.LayerNorm) -> None:
         """Over the channels of one replica, wherever they stand; with parameters of its own where that can be said."""
         size, x = shape_text(tuple(module.normalized_shape)), self._expanded(node)[0]
         plain_one = type(module) is nn.LayerNorm and module.elementwise_affine and len(module.normalized_shape) == 1
-        if plain_one and unfoldable(x, self.network):
+        if plain_one and self._rows_per_sample(x):
             index = plain(module.normalized_shape[0], self.beta).index
             tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index)) for n, _ in module.named_parameters()]
             channels = (len(index), len(index))
             self._edit(layer, rule, "per_channel", size, f"({len(index)})", tensors, channels=channels)
-            self._fold(node)
+            samples = self._samples(x)
+            new = self._copy_mapped(node, self._as_folded, folded=True)
+            new.args = (*new.args, *samples)
+            self._keep(node, new, Folded())
         else:
             self._per_replica(node, rule)
 

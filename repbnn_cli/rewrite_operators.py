@@ -264,7 +264,7 @@ class OperatorWalk(Walk):
         value, expanded = node.meta["value"], self._expanded(node)
         beside = [n for n in self._tensors(node) if n not in expanded]
         per_channel = [n for n in beside if _is_along_last(n.meta["value"], value)]
-        alone = all(unfoldable(n, self.network) and n.meta["value"].shape == value.shape for n in expanded)
+        alone = all(self._rows_per_sample(n) and n.meta["value"].shape == value.shape for n in expanded)
         if not per_channel or not alone or len(per_channel) < len(beside) or not self._static.issuperset(per_channel):
             return False
         want = plain(value.shape[-1], self.beta)
@@ -273,7 +273,7 @@ class OperatorWalk(Walk):
                 self._read_whole.update({str(root.target): node for root in roots(n)})
                 return False
         new = self._copy_mapped(node, lambda n: self._as_unfolded_last(n) if n in expanded else self._made[n].node)
-        self._keep(node, self.graph.call_function(rep_layers.fold_last, (new, self.beta)), Folded())
+        self._keep(node, self._by_rows(rep_layers.fold_last, new, node), Folded())
         return True
 
     def _by_filter(self, tensors: list[fx.Node], value: Tensor) -> bool:

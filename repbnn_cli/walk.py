@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from repbnn_cli.plan import ModuleEdit, Step
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
+from repbnn_cli.samples import rows_per_sample
 from repbnn_cli.static import static_nodes
 
 
@@ -97,14 +99,13 @@ class Walk:
             if isinstance(made.state, Compact):
                 made.tiled = self._add(f"{made.node.name}_repeat", rep_layers.Repeat(made.state.repeats), made.node)
             elif isinstance(made.state, Folded):
-                value = node.meta["value"]
-                if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != self.network.batch:
+                if not self._rows_per_sample(node) or node.meta["value"].ndim < 2:
                     self._refuse(
                         node,
                         f"{operator_name(node)} moves channels into the batch axis, but channels are needed here",
                         "keep the batch first",
                     )
-                made.tiled = self.graph.call_function(rep_layers.unfold, (made.node, self.beta))
+                made.tiled = self._by_rows(rep_layers.unfold, made.node, node)
             else:
                 made.tiled = made.node
         return made.tiled
@@ -123,24 +124,44 @@ class Walk:
         """The tensor with its replicas as samples; what was not expanded gets its samples repeated beside them."""
         made = self._made[node]
         if made.folded is None:
-            value = node.meta["value"]
             if isinstance(made.state, Folded):
                 made.folded = made.node
             elif made.state is None:
-                batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.network.batch
-                if node in self._static or not batched:
-                    made.folded = made.node
-                else:
-                    made.folded = self.graph.call_function(rep_layers.repeat_batch, (made.node, self.beta))
+                alone = node in self._static or not self._rows_per_sample(node)
+                made.folded = made.node if alone else self._by_rows(rep_layers.repeat_batch, made.node, node)
             else:
                 state = self._map(node)
                 tiled = self._reordered(node, plain(state.source, self.beta))
-                made.folded = self.graph.call_function(rep_layers.fold, (tiled, self.beta))
+                made.folded = self._by_rows(rep_layers.fold, tiled, node)
         return made.folded
 
     def _as_unfolded_last(self, node: fx.Node) -> fx.Node:
-        """(N, ..., β·C), replica after replica along the last axis."""
-        return self.graph.call_function(rep_layers.unfold_last, (self._as_folded(node), self.beta))
+        """(N·W, ..., β·C), replica after replica along the last axis."""
+        return self._by_rows(rep_layers.unfold_last, self._as_folded(node), node)
+
+    def _by_rows(self, function: Callable[..., Tensor], x: fx.Node, node: fx.Node) -> fx.Node:
+        """function(x, β, samples), for a tensor with as many rows for each sample as `node` has."""
+        return self.graph.call_function(function, (x, self.beta, *self._samples(node)))
+
+    def _samples(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The number of samples, where a tensor has several rows for each; () where it has one."""
+        return () if self._rows_per_sample(node) == 1 else (self._sample_count,)
+
+    @cached_property
+    def _sample_count(self) -> fx.Node:
+        first = next(n for n in self.graph.nodes if n.op == "placeholder")
+        return self.graph.call_method("size", (first, 0))
+
+    def _rows_per_sample(self, node: fx.Node) -> int:
+        """How many rows of axis 0 belong to each sample; 0 where they do not lie together."""
+        value = node.meta["value"]
+        if not isinstance(value, Tensor) or value.ndim < 1 or value.shape[0] % self.network.batch:
+            return 0
+        return 1 if value.shape[0] == self.network.batch else self._several_rows.get(node, 0)
+
+    @cached_property
+    def _several_rows(self) -> dict[fx.Node, int]:
+        return rows_per_sample(self.network)
 
     def _reordered(self, node: fx.Node, want: Tiled) -> fx.Node:
         """The tiled tensor with its replicas in the order of `want`."""

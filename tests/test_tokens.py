@@ -225,6 +225,22 @@ def test_layer_norm_of_each_replica_with_its_own_parameters(beta: int) -> None:
     assert f"beta={beta}" in str(norm)
 
 
+@pytest.mark.parametrize("beta", [2, 3])
+def test_replicas_of_windows(beta: int) -> None:
+    """Windows (N·W, C, T) of images (N, C, W, T), folded as windows and as images."""
+    image = torch.randn(5, beta * 4, 3, 7)
+    windows = image.movedim(2, 1).flatten(0, 1)
+    folded = rep_layers.fold(windows, beta, 5)
+    assert torch.equal(folded, rep_layers.fold(image, beta).movedim(2, 1).flatten(0, 1))
+    assert torch.equal(rep_layers.unfold(folded, beta, 5), windows)
+    last = windows.movedim(1, -1)
+    assert torch.equal(rep_layers.fold_last(last, beta, 5), folded.movedim(1, -1))
+    assert torch.equal(rep_layers.unfold_last(folded.movedim(1, -1), beta, 5), last)
+    assert torch.equal(
+        rep_layers.repeat_batch(windows, beta, 5).view(5, beta, 3, -1)[:, 1].flatten(), windows.flatten()
+    )
+
+
 @pytest.mark.parametrize("rest", [(), (7,), (2, 3)])
 def test_folding_channels_that_come_last(rest: tuple[int, ...]) -> None:
     x = torch.randn(3, *rest, 8)
@@ -259,22 +275,59 @@ def test_layers_over_the_last_axis_are_fitted_to_the_source() -> None:
 
 
 class Windows(Mixer):
-    """The tokens of an image as two windows: samples and windows share the first axis."""
+    """Four windows of an image: samples and windows share the first axis, where each sample's lie together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.PReLU(12)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x.flatten(2).transpose(1, 2).repeat(1, 1, 4))
-        x = self.channels(self.norm2(x.reshape(len(x) * 4, 16, -1)))
+        x = x.reshape(len(x) * 4, 16, 12)
+        x = self.act(self.channels(self.norm2(x)).transpose(1, 2)).transpose(1, 2) * self.norm3.weight
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
         return self.head(x.reshape(-1, 64, 12).mean(1))
 
 
-def test_where_the_batch_is_not_first_a_rule_applies_the_layer_to_each_replica() -> None:
+@pytest.mark.parametrize("beta", [2, 4])
+def test_windows_of_a_sample_are_its_rows(beta: int) -> None:
     net = made(Windows)
+    plan, rep = transformed(net, beta=beta)
+    certificate = verify(net, plan, rep.eval(), gradients=True)
+    assert certificate.passed, str(certificate)
+    found = actions(plan)
+    assert (found["channels"], found["norm2"], found["norm3.weight"]) == ("rep_conv", "per_channel", "parameter")
+    macs = next(c for c in certificate.checks if c.name == "convolution cost unchanged").values["macs"]
+    assert macs == [4 * (16 * 12 * 12 + 12 * 16 * 16)] * 2
+
+
+class SequenceFirst(Mixer):
+    """(T, N, C), as torch's recurrent and attention layers take it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(2).transpose(1, 2).repeat(1, 1, 4)).transpose(0, 1)
+        return self.head(self.channels(self.norm2(x)).transpose(0, 1).mean(1))
+
+
+class SequenceFirstAtOnce(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(2).permute(2, 0, 1).repeat(1, 1, 4)).transpose(0, 1)
+        return self.head(self.channels(self.norm2(x)).mean(1))
+
+
+def test_where_the_batch_is_not_first_a_rule_applies_the_layer_to_each_replica() -> None:
+    net = made(SequenceFirst)
     with pytest.raises(SurgeryError, match=r"channels is a linear layer over the last axis.*whose first is not the"):
         planned(net)
     tiled = written("extends: reptran\nrules:\n  mine: {part: backbone, match: {path: channels}, apply: tile}\n")
     plan = planned(net, rule=tiled)
-    assert actions(plan)["channels"] == "per_replica"
+    assert (actions(plan)["channels"], actions(plan)["norm2"]) == ("per_replica", "per_replica")
     assert verify(net, plan, surgery.apply(plan).eval(), gradients=True).passed
+
+
+def test_a_first_layer_whose_batch_is_not_first_is_refused() -> None:
+    with pytest.raises(SurgeryError, match=r"first is a linear layer over the last axis.*whose first is not the batch"):
+        planned(made(SequenceFirstAtOnce))
 
 
 class Shared(nn.Module):
