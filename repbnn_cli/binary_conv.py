@@ -14,7 +14,7 @@ and k = 1, which is where a trained network left off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -153,7 +153,7 @@ class IRConv2d(BinaryConv2d):
         self.t, self.k = _schedule_end()
 
     def binary_weight(self) -> Tensor:
-        standard = _standardise(self.latent_kernel())
+        standard = standardised(self.latent_kernel())
         magnitude = standard.detach().abs().mean(FILTER, keepdim=True)
         return ede_sign(standard, self.t, self.k) * torch.exp2(torch.log2(magnitude).round())
 
@@ -198,31 +198,49 @@ class RBNNConv2d(BinaryConv2d):
         self.R1 = torch.eye(n1, dtype=self.R1.dtype, device=self.R1.device)
         self.R2 = torch.eye(n2, dtype=self.R2.dtype, device=self.R2.device)
 
-    @torch.no_grad()
     def rotate_(self, alternations: int = 3) -> None:
-        """Re-estimate R1 and R2 in place from the current kernel.
+        """Re-estimate R1 and R2 in place from the current kernel, see `rotate`."""
+        rotate([self], alternations)
 
-        Each alternation takes B = sign(R1ᵀ·X·R2), then the orthogonal R1, then R2, that maximise
-        Σ_o tr(B_oᵀ·R1ᵀ·X_o·R2): two orthogonal Procrustes problems, each solved by one SVD.
-        """
-        x = _standardise(self.latent_kernel()).reshape(self.out_channels, *self._rotation_sizes())
-        for _ in range(alternations):
-            signs = (self.R1.t() @ x @ self.R2).sign()
-            self.R1.copy_(_nearest_rotation(torch.einsum("oij,jk,olk->il", x, self.R2, signs)))
-            self.R2.copy_(_nearest_rotation(torch.einsum("oij,ik,okl->jl", x, self.R1, signs)))
-
-    def binary_weight(self) -> Tensor:
-        standard = _standardise(self.latent_kernel())
+    def turned_kernel(self) -> Tensor:
+        """X + |sin θ|·(rotated − X), (O, I, kh, kw): what the sign is taken of."""
+        standard = standardised(self.latent_kernel())
         grid = standard.reshape(self.out_channels, *self._rotation_sizes())
         rotated = (self.R1.t() @ grid @ self.R2).reshape(standard.shape)
-        turned = standard + self.rotate.sin().abs() * (rotated - standard)
-        return rbnn_sign(turned, self.t, self.k)
+        return standard + self.rotate.sin().abs() * (rotated - standard)
+
+    def binary_weight(self) -> Tensor:
+        return rbnn_sign(self.turned_kernel(), self.t, self.k)
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return standardised_sign(x, self.t.clamp_min(1))
 
     def output_scale(self) -> Tensor:
         return self.alpha
+
+
+@torch.no_grad()
+def rotate(convs: Sequence[RBNNConv2d], alternations: int = 3) -> None:
+    """Re-estimates R1 and R2 of RBNN convolutions in place from their current kernels.
+
+    Each alternation takes B = sign(R1ᵀ·X·R2), then the orthogonal R1, then R2, that maximise Σ_o tr(B_oᵀ·R1ᵀ·X_o·R2):
+    two orthogonal Procrustes problems, each solved by one SVD; for layers of one shape all of them at once.
+    Letters: L layers, O filters, (n, m) a filter's kernel as a matrix, R1 (n, n), R2 (m, m).
+    """
+    groups: dict[tuple[int, int, int], list[RBNNConv2d]] = {}
+    for conv in convs:
+        groups.setdefault((conv.out_channels, len(conv.R1), len(conv.R2)), []).append(conv)
+    for shape, members in groups.items():
+        x = torch.stack([standardised(conv.latent_kernel()).reshape(shape) for conv in members])  # (L, O, n, m)
+        r1 = torch.stack([conv.R1 for conv in members])
+        r2 = torch.stack([conv.R2 for conv in members])
+        for _ in range(alternations):
+            signs = (r1.mT.unsqueeze(1) @ x @ r2.unsqueeze(1)).sign()
+            r1 = _nearest_rotations((x @ r2.unsqueeze(1) @ signs.mT).sum(1))
+            r2 = _nearest_rotations((x.mT @ r1.unsqueeze(1) @ signs).sum(1))
+        for conv, first, second in zip(members, r1, r2, strict=True):
+            conv.R1.copy_(first)
+            conv.R2.copy_(second)
 
 
 class ReCUConv2d(BinaryConv2d):
@@ -244,7 +262,7 @@ class ReCUConv2d(BinaryConv2d):
         nn.init.uniform_(self.alpha)
 
     def binary_weight(self) -> Tensor:
-        standard = _standardise(self.latent_kernel()) * (2 * math.sqrt(2))
+        standard = standardised(self.latent_kernel()) * (2 * math.sqrt(2))
         with torch.no_grad():
             quantile = -standard.abs().mean() * torch.log(2 - 2 * self.tau)
         return ste_sign(standard.clamp(-quantile, quantile), math.inf)
@@ -360,7 +378,7 @@ def _schedule_end() -> tuple[Tensor, Tensor]:
     return torch.tensor(10.0, device="cpu"), torch.tensor(1.0, device="cpu")
 
 
-def _standardise(kernel: Tensor) -> Tensor:
+def standardised(kernel: Tensor) -> Tensor:
     """(w − mean)/std per filter of a kernel (O, I, kh, kw), std with Bessel's correction; a constant filter gives 0."""
     centred = kernel - kernel.mean(FILTER, keepdim=True)
     return centred / centred.std(FILTER, keepdim=True).clamp_min(1e-12)
@@ -372,8 +390,8 @@ def _random_rotation(size: int) -> Tensor:
     return rotation if rotation.is_meta else nn.init.orthogonal_(rotation)
 
 
-def _nearest_rotation(matrix: Tensor) -> Tensor:
-    """The orthogonal R that maximises tr(Rᵀ·matrix): U·Vᵀ of its singular value decomposition."""
-    u, _, vh = torch.linalg.svd(matrix)
-    rotation: Tensor = u @ vh
-    return rotation
+def _nearest_rotations(matrices: Tensor) -> Tensor:
+    """For each matrix of (L, n, n) the orthogonal R that maximises tr(Rᵀ·matrix): U·Vᵀ of its SVD."""
+    u, _, vh = torch.linalg.svd(matrices)
+    rotations: Tensor = u @ vh
+    return rotations

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from repbnn_cli import paper
 from repbnn_cli.errors import RulesError
 from repbnn_cli.rule_models import Factor, Inherit, Share, Text
-from repbnn_cli.yaml_marks import MAX_CHARACTERS, Problem, complain, nearest, printable, read, validate
+from repbnn_cli.yaml_marks import Problem, complain, nearest, printable, read, text_of, validate
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -134,13 +134,7 @@ class Experiment:
 
 def load(path: str) -> Experiment:
     """Reads and checks a file. Raises RulesError, one line per problem with file, line and key."""
-    try:
-        text = Path(path).read_bytes()[: MAX_CHARACTERS + 1].decode("utf-8-sig")
-    except FileNotFoundError:
-        raise RulesError(f"{printable(path)}: no such experiment file; see experiments/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RulesError(f"{printable(path)}: cannot be read ({error})") from None
-    return loads(text, path)
+    return loads(text_of(path, printable(path), "experiment file", "see experiments/ for examples"), path)
 
 
 def loads(text: str, name: str) -> Experiment:

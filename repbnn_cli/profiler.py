@@ -22,6 +22,7 @@ from repbnn_cli.positions import holds_tensor
 from repbnn_cli.recognize import Layer
 from repbnn_cli.sizes import NOTHING, Sizes, called_kernels, parameter_sizes, sizes_of, state_tensors
 from repbnn_cli.tracer import fetch
+from repbnn_cli.wording import some
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Metric = Literal[
@@ -333,19 +334,19 @@ class _Walk:
     # -- what the reader has to know ---------------------------------------------------------------------------------
     def notes(self) -> Iterator[str]:
         """Facts about this network's figures, in the order of `counting`'s tables."""
-        modules = self._modules
+        modules = list(dict(self._modules).items())  # one that is called several times, once
         rotated = [p for p, m in modules if isinstance(m, RBNNConv2d)]
         own = [p for p, m in modules if isinstance(m, BinaryConv2d)]
         if own:
             what = "binarisation, standardisation and scales of kernels"
             what += ", and RBNN's rotation" if rotated else ""
-            yield f"Work that depends on parameters alone is not counted ({what}; {_some(own)})."
+            yield f"Work that depends on parameters alone is not counted ({what}; {some(own)})."
         if self._parameter_work:
             yield f"Operations in the forward that depend on parameters alone, not counted: {self._parameter_work}."
         if gated := [p for p, m in modules if isinstance(m, GatedConv2d)]:
             yield (
                 "A gated 2-bit convolution is counted as if every gate were open: 2 BOPs per MAC, its upper bound "
-                f"({_some(gated)})."
+                f"({some(gated)})."
             )
         if self._assumed_float:
             yield (
@@ -357,10 +358,10 @@ class _Walk:
             yield (
                 "Of modules that are not this package's, the convolutions are counted, one sign per input element, and "
                 "one operation per output element and learned scale; other work in their forward cannot be seen, and "
-                f"binary ones without a learned scale are packed with one per filter ({_some(foreign)})."
+                f"binary ones without a learned scale are packed with one per filter ({some(foreign)})."
             )
         if self._never_called:
-            yield f"Never called, so neither counted nor deployed: {_some(self._never_called)}."
+            yield f"Never called, so neither counted nor deployed: {some(self._never_called)}."
 
     def _is_foreign_conv(self, path: str, module: Any) -> bool:
         layer = self.layers.get(path)
@@ -372,9 +373,3 @@ def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     return next((t for v in value for t in [_first_tensor(v)] if t is not None), None) if holds_tensor(value) else None
-
-
-def _some(paths: list[str], most: int = 3) -> str:
-    """The first few, and how many more."""
-    listed = ", ".join(dict.fromkeys(paths[:most]))
-    return listed if len(paths) <= most else f"{listed} and {len(paths) - most} more"

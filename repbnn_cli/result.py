@@ -116,11 +116,6 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     return payload
 
 
-def is_result(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is a result of `transform`; CheckpointError when it cannot be read at all."""
-    return payload_in(checkpoint.load(path)) is not None
-
-
 def payload_in(file: checkpoint.Checkpoint) -> dict[str, Any] | None:
     """The payload of a file that was read, or None where it is no result."""
     stored = file.metadata.get("repbnn") if file.format == "safetensors" else None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from repbnn_cli.errors import RulesError
 from repbnn_cli.rule_models import ACTIONS_OF, CONVOLUTIONS, REPEATING, ModuleMatch, Options, RuleFile
-from repbnn_cli.yaml_marks import MAX_CHARACTERS, Document, Problem, complain, nearest, printable, read, validate
+from repbnn_cli.yaml_marks import Document, Problem, complain, nearest, printable, read, text_of, validate
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,7 @@ def find(reference: str, folder: str | None) -> Source:
     known = f"expected a path or {known}"
     path = os.path.join(folder, reference)
     shown = printable(os.path.normpath(path) if folder else reference)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise RulesError(f"{shown}: no such rule file; {known}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RulesError(f"{shown}: cannot be read ({reason}); {known}") from None
-    if len(data) > MAX_CHARACTERS:
-        raise RulesError(f"{shown}: longer than {MAX_CHARACTERS // 1024} KiB; expected a rule file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RulesError(f"{shown}: is not UTF-8 text (byte {error.start}); expected a YAML rule file") from None
-    return Source(shown, text, os.path.realpath(path), os.path.dirname(path))
+    return Source(shown, text_of(path, shown, "rule file", known), os.path.realpath(path), os.path.dirname(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def other_rank() -> str | None:
 
 def folder_of(checkpoint: str | os.PathLike[str]) -> Path | None:
     """The run that a file is of: RUN for RUN/checkpoints/best.pt; None for files from elsewhere."""
-    place = Path(os.path.abspath(checkpoint)).parents[1]
+    place = Path(os.path.abspath(checkpoint)).parent.parent
     return place if (place / RECORD).is_file() else None
 
 

@@ -117,19 +117,23 @@ def from_file(
         origin = Origin(None, model, parse_args(model_args), None, parse_input_size(input_size))
         return Source(network, origin, file, f"built by {model}", file.notes, rest)
     found = identify.resolve(file, arch)
-    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[found.arch].input_shape,)
     with torch.device("meta"):
         network = zoo.build(found.arch, found.num_classes)
     network.load_state_dict(found.tensors, assign=True)
     network.eval()
-    origin = Origin(found.arch, None, {}, found.num_classes, shape)
+    origin = zoo_origin(found.arch, input_size, found.num_classes)
     return Source(network, origin, file, found.reason, (*file.notes, *found.notes), found.left_out)
+
+
+def zoo_origin(arch: str, input_size: str | None = None, num_classes: int | None = None) -> Origin:
+    """Of a network of the zoo: without an input size, as large as its own data's images."""
+    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[arch].input_shape,)
+    return Origin(arch, None, {}, num_classes, shape)
 
 
 def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:
     """A network of the zoo as it starts training, its initialisation drawn with the seed. Raises UsageError."""
-    shape = parse_input_size(input_size) if input_size else (zoo.ARCHS[arch].input_shape,)
-    origin = Origin(arch, None, {}, None, shape)
+    origin = zoo_origin(arch, input_size)
     return Source(newly_built(origin, seed), origin, reason=f"fresh from the zoo, seed {seed}: not trained")
 
 

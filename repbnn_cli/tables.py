@@ -115,7 +115,7 @@ def _rich_rows(shown: list[Row], width: int) -> Table:
 
 
 def _rich_pairs(shown: list[RowPair], width: int) -> RenderableType:
-    kept = _costly(shown)
+    kept = costly(shown)
     side = (("after", True), ("Δ %", True))
     columns = [("kind", False), ("OPs", True), *side, ("packed", True), *side]
     body = []
@@ -127,7 +127,7 @@ def _rich_pairs(shown: list[RowPair], width: int) -> RenderableType:
     return Group(table, *(Text(line) for line in left_out(shown, kept)))
 
 
-def _costly(shown: list[RowPair]) -> list[RowPair]:
+def costly(shown: list[RowPair]) -> list[RowPair]:
     """Without the rows that have neither OPs nor packed bytes on either side."""
     return [p for p in shown if any(row and (row.ops or row.packed) for row in (p.before, p.after))]
 
@@ -135,6 +135,17 @@ def _costly(shown: list[RowPair]) -> list[RowPair]:
 def left_out(shown: list[RowPair], kept: list[RowPair]) -> list[str]:
     hidden = len(shown) - len(kept)
     return [f"Rows of elementwise work alone, left out here: {hidden}; --json and --csv have them."] if hidden else []
+
+
+_PAIRED = {"ops": "OPs", "parameters": "parameters", "packed": "packed (B)"}
+PAIR_HEADINGS = ("layer", "kind", *(f"{n} {side}" for n in _PAIRED.values() for side in ("before", "after", "Δ")))
+
+
+def pair_texts(pair: RowPair) -> Iterator[str]:
+    """What stands under PAIR_HEADINGS behind the layer."""
+    yield pair.row.kind
+    for change in (_change(pair, name) for name in _PAIRED):
+        yield from (exact(change.before), exact(change.after), signed(change.delta))
 
 
 def _change(pair: RowPair, name: str) -> Change:
@@ -184,10 +195,9 @@ def notes(cost: Cost) -> list[str]:
 def not_counted(cost: Cost) -> list[str]:
     """One line per sort of omission, or the statement that there is none."""
     sides = [("", cost)] if isinstance(cost, Profile) else [("before: ", cost.before), ("after: ", cost.after)]
-    found: dict[str, list[Omission]] = {}
     lines = []
     for side, profile in sides:
-        found = {}
+        found: dict[str, list[Omission]] = {}
         for omission in profile.omissions:
             found.setdefault(omission.type, []).append(omission)
         for what, members in found.items():
@@ -239,15 +249,9 @@ def markdown_layers(cost: Cost, *, sort: str | None = None, depth: int | None = 
 
 
 def _markdown_pairs(shown: list[RowPair]) -> str:
-    kept = _costly(shown)
-    names = {"ops": "OPs", "parameters": "parameters", "packed": "packed (B)"}
-    body: list[tuple[str, ...]] = []
-    for pair in kept:
-        changes = [_change(pair, name) for name in names]
-        numbers = (t for c in changes for t in (exact(c.before), exact(c.after), signed(c.delta)))
-        body.append((code(label(pair.row)), pair.row.kind, *numbers))
-    headings = (f"{n} {side}" for n in names.values() for side in ("before", "after", "Δ"))
-    table = markdown_table(("layer", "kind", *headings), body, left=2)
+    kept = costly(shown)
+    body = [(code(label(pair.row)), *pair_texts(pair)) for pair in kept]
+    table = markdown_table(PAIR_HEADINGS, body, left=2)
     return "\n".join((table, *(f"{line}\n" for line in left_out(shown, kept))))
 
 

@@ -122,6 +122,22 @@ def describe(value: object) -> str:
 # Reading
 
 
+def text_of(path: str, shown: str, kind: str, known: str) -> str:
+    """The text of a YAML file that somebody named. shown: how messages call it; known: what he could have named."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CHARACTERS + 1)
+        if len(data) > MAX_CHARACTERS:
+            raise RulesError(f"{shown}: longer than {MAX_CHARACTERS // 1024} KiB; expected a {kind}")
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RulesError(f"{shown}: no such {kind}; {known}") from None
+    except UnicodeDecodeError as error:
+        raise RulesError(f"{shown}: is not UTF-8 text (byte {error.start}); expected a YAML {kind}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        raise RulesError(f"{shown}: cannot be read ({getattr(error, 'strerror', None) or error}); {known}") from None
+
+
 def read(text: str, file: str) -> Document:
     """Composes one YAML document whose root is a mapping. Raises RulesError with file and line.
 

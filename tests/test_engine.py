@@ -342,7 +342,7 @@ def trained_on(opened: result.Result, folder: Path, **more: Any) -> engine.Outco
     """An epoch of a Rep network on a few images of noise."""
     made = recipes.override(recipes.for_network(opened.origin), ["batch=16", "data=digits", "optimizer.lr=0.01"])
     return engine.finetune(
-        opened.module, toy(train=32, test=16, classes=10, size=32), made, folder, epochs=1, **more,
+        opened.module, toy(train=32, test=16, classes=10, size=32), recipes.with_epochs(made, 1), folder, **more,
         package=lambda tensors, about: result.with_tensors(opened.payload, tensors, about),
     )  # fmt: skip
 

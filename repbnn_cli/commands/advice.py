@@ -15,10 +15,9 @@ from repbnn_cli.explain import Explainer, Story
 def explain(target: str | None, path: str | None, *, model: str | None, as_json: bool) -> None:
     """What became of a module of a result, or of all of them, and why."""
     name = targets.result_or_newest(target)
-    if not targets.is_result(name):
-        checkpoint.load(name)  # what is no file at all says so itself
+    opened = result.of_file(checkpoint.load(name), model)
+    if opened is None:
         raise UsageError(f"{name}: is not a result of `repbnn transform`; `transform {name} --dry-run` shows a plan")
-    opened = result.open_result(name, model)
     payload = opened.payload
     explainer = Explainer(
         opened.plan, opened.module, {row["path"]: row["where"] for row in payload["plan"]},

@@ -104,9 +104,7 @@ def load(
 
     said: what else `source.from_file` takes.
     """
-    if target is None:
-        target = str(result.newest())
-        views.say(f"newest result: {target}")
+    target = targets.result_or_newest(target)
     read = targets.found(target, model=model, key=key, unsafe=unsafe, **said)
     name = _name(Path(target))
     if read.packed is not None:
@@ -129,16 +127,13 @@ def load(
 
 
 def check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None:
-    """A UsageError for a key of the recipe that `--set` and an option of its own both give."""
-    for key, value in options.items():
-        if value is not None and any(change.partition("=")[0].strip() == key for change in sets):
+    """A UsageError for a key of the recipe that `--set`, of a stage too, and an option of its own both give."""
+    for name in (change.partition("=")[0].strip() for change in sets):
+        key = name.split(".", 2)[-1] if name.startswith("stages.") else name
+        key = "epochs" if key == "iterations" else key  # a length, too
+        if (value := options.get(key)) is not None:
             option = "--distill" if key == "distillation.weight" else f"--{key}"
-            raise UsageError(f"{option} {value:g} and --set {key}=...: say the same twice; give one of them")
-
-
-def origin_in_zoo(name: str) -> Origin:
-    """Of a network of the zoo as it is for its own data."""
-    return Origin(name, None, {}, None, (registry.ARCHS[name].input_shape,))
+            raise UsageError(f"{option} {value:g} and --set {name}=...: say the same twice; give one of them")
 
 
 def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:

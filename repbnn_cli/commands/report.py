@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repbnn_cli import anatomy, image_files, paper, result, runs, shapes, sweeps, tensor_stats, views, writing
+from repbnn_cli import (
+    anatomy,
+    checkpoint,
+    image_files,
+    paper,
+    result,
+    runs,
+    shapes,
+    sweeps,
+    tensor_stats,
+    views,
+    writing,
+)
 from repbnn_cli import report as room
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import costs, targets
@@ -75,29 +87,31 @@ def _of_result(
     model: str | None, *, timestamp: bool,
 ) -> tuple[room.Document, dict[str, Any]]:  # fmt: skip
     """The report of a result with its runs, or of runs alone."""
-    path, records = _subject(target, run_folders)
-    if path is None:
+    opened, records = _subject(target, run_folders, model)
+    if opened is None:
         beside = {"--images": images, "--layer": layer, "--timestamp": timestamp, "--model": model}
         if unplaced := [*others, *(name for name, value in beside.items() if value)]:
             raise UsageError(f"{unplaced[0]}: a report of runs alone, without a RepBNN, has no place for it")
         title = records[0].path.name if len(records) == 1 else f"{len(records)} training runs"
         return room.runs_document(records, title), {"runs": room.runs_as_list(records)}
-    opened = result.open_result(path, model)
     given = _given(opened, records, timestamp=timestamp, evidence=_evidence(opened, others, images, layer, model))
     made = room.build(given)
     return room.document(made), room.as_dict(made)
 
 
-def _subject(target: str | None, run_folders: Sequence[str]) -> tuple[str | None, list[RunRecord]]:
+def _subject(
+    target: str | None, run_folders: Sequence[str], model: str | None
+) -> tuple[result.Result | None, list[RunRecord]]:
     """The result to report on (None for runs of source networks alone), and the runs that belong to it."""
     records = [runs.read(found) for folder in run_folders for found in _runs_in(Path(folder))]
     if target is not None and Path(target).is_dir():
         own = [runs.read(found) for found in _runs_in(Path(target))]
-        best = [f for r in own for f in _checkpoints(r.path) if result.is_result(f)]
-        return (str(best[0]) if len(own) == 1 and best else None), _distinct([*own, *records])
+        files = map(checkpoint.load, _checkpoints(own[0].path) if len(own) == 1 else ())
+        opened = next((found for f in files if (found := result.of_file(f, model)) is not None), None)
+        return opened, _distinct([*own, *records])
     path = targets.result_or_newest(target)
     home = runs.folder_of(path)
-    return path, _distinct(([runs.read(home)] if home else []) + records)
+    return result.open_result(path, model), _distinct(([runs.read(home)] if home else []) + records)
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -220,13 +234,12 @@ def _data(arch: str | None) -> str | None:
 
 def _write_plots(document: room.Document, output: str | None, plots: str | None, *, force: bool) -> str | None:
     """Writes the drawings; the folder as the Markdown has to link to it, or None where there is none."""
-    if plots is None and (output is None or not _is_plain(output)):
+    if plots is not None:
+        folder = Path(plots)
+    elif output is not None and _is_plain(output):
+        folder = Path(output).with_name(f"{Path(output).stem}-plots")
+    else:
         return None
-    folder = (
-        Path(plots)
-        if plots is not None
-        else Path(output or "").with_suffix("").parent / f"{Path(output or '').stem}-plots"
-    )
     drawings = document.plots()
     if not drawings:
         return None

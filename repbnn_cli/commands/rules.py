@@ -35,7 +35,7 @@ def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
     rule_set = rulebook.load(name)
     claims: dict[str, list[str]] = {rule.name: [] for rule in rule_set.rules}
     if network is not None:
-        src = targets.named_network(network)
+        src = targets.network_of(network)
         source.check_declared(src.model, rule_set)
         captured = source.capture(src.model, src.origin, rule_set)
         assigned = rule_set.assign(surgery.subjects(captured, recognize(captured, rule_set.declare)))

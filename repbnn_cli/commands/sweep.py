@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from repbnn_cli import experiments, report, runs, sweeps, views, zoo
+from repbnn_cli import experiments, report, runs, source, sweeps, views, zoo
 from repbnn_cli.commands import pupils
 from repbnn_cli.errors import RepbnnError, StoppedError
 from repbnn_cli.experiments import Cell, Experiment
@@ -73,7 +73,7 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         if made.recipe is not None:
             recipe = recipes.load(made.recipe, arch)
         elif arch is not None:
-            recipe = recipes.for_network(pupils.origin_in_zoo(arch))
+            recipe = recipes.for_network(source.zoo_origin(arch))
         else:
             continue
         for variant in made.variants.values():

@@ -44,14 +44,9 @@ def is_zoo_name(target: str) -> bool:
     return True
 
 
-def is_result(path: str) -> bool:
-    return Path(path).is_file() and result.is_result(path)
-
-
 def zoo_network(name: str, input_size: str | None) -> Source:
     """A zoo network without trained weights."""
-    shape = source.parse_input_size(input_size) if input_size else (registry.ARCHS[name].input_shape,)
-    origin = source.Origin(name, None, {}, None, shape)
+    origin = source.zoo_origin(name, input_size)
     return Source(source.from_origin(origin), origin, reason="from the zoo, without trained weights")
 
 
@@ -208,12 +203,7 @@ def deliver(text: str, output: str | None, *, force: bool) -> None:
     views.say(f"wrote {output}")
 
 
-def named_network(name: str) -> Source:
-    """A checkpoint's network with its weights, or a zoo network without."""
-    return zoo_network(name, None) if is_zoo_name(name) else source.from_checkpoint(name)
-
-
-def network_of(name: str, *, input_size: str | None, **origin: Any) -> Source:
+def network_of(name: str, *, input_size: str | None = None, **origin: Any) -> Source:
     """A checkpoint's network, the user's own if `origin` names his code; or a zoo network without weights."""
     if not is_zoo_name(name):
         return source.from_checkpoint(name, input_size=input_size, **origin)

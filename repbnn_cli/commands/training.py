@@ -186,8 +186,6 @@ def calibrate(
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
-    if place == path and not force:
-        raise UsageError(f"{path}: would be replaced; give --force, or another file with -o")
     checkpoint.check_output(place, force=force)
     pupil = pupils.load(str(path), model=model)
     if pupil.opened is None:
@@ -208,7 +206,7 @@ def calibrate(
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     earlier = pupil.opened.payload.get("training", {})
     about = {
-        **earlier, "inherited": {**pupil.prepared, **inherited}, "data": dataset.name,
+        **earlier, "recipe_text": chosen.text, "inherited": {**pupil.prepared, **inherited}, "data": dataset.name,
         "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes), "top1": found.top1,
     }  # fmt: skip
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
@@ -296,10 +294,7 @@ def recipes_check(name: str) -> None:
 def _measured(
     pupil: Pupil, recipe: Recipe, dataset: Dataset | ImageFolders, device: torch.device, *, compile_mode: str = "off"
 ) -> measure.Evaluation:
-    header = recipe.header
-    if isinstance(dataset, Dataset):
-        header = header.model_copy(update={"augmentation": "none"})
-    images = feeds.eval_images(dataset, header, device=device, damages=Damages(views.say))
+    images = feeds.eval_images(dataset, recipe.header, device=device, damages=Damages(views.say))
     network = pupil.network.to(device).eval()
     if compile_mode == "off":
         return measure.evaluate(network, images(), classes=len(dataset.classes))

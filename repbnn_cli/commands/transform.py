@@ -12,7 +12,6 @@ from torch import Tensor
 from repbnn_cli import result, runs, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
-from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
@@ -32,7 +31,7 @@ def transform(
     if verify not in ("auto", "full", "quick"):
         raise UsageError(f"--verify {verify}: expected auto, full or quick")
     rule_set = rulebook.load(rules or targets.DEFAULT_RULES)
-    from_zoo = path in registry.ARCHS and not Path(path).is_file()
+    from_zoo = targets.is_zoo_name(path)
     if from_zoo and inherit is None:
         inherit = "none"  # a network that was never trained has nothing to hand down
     rule_set = rule_set.with_options(beta, inherit, last_layer)

@@ -28,7 +28,7 @@ from repbnn_cli.report.document import (
 from repbnn_cli.report.inherited import inherited
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.value import INHERIT, LAST_LAYER, PlanGroup, Report, differences, printed
-from repbnn_cli.tables import LABELS, footnotes, label, left_out
+from repbnn_cli.tables import LABELS, PAIR_HEADINGS, costly, footnotes, label, left_out, pair_texts
 
 
 def document(report: Report) -> Document:
@@ -161,17 +161,9 @@ def _bar(pair: RowPair) -> Bar:
 
 
 def _layers(shown: list[RowPair]) -> Iterator[Block]:
-    kept = [p for p in shown if any(row and (row.ops or row.packed) for row in (p.before, p.after))]
-    names = {"ops": "OPs", "parameters": "parameters", "packed": "packed (B)"}
-    body: list[tuple[Line, ...]] = []
-    for pair in kept:
-        numbers: list[Line] = []
-        for name in names:
-            before, after = (0 if row is None else getattr(row, name) for row in (pair.before, pair.after))
-            numbers += [exact(before), exact(after), signed(after - before)]
-        body.append((Code(label(pair.row)), pair.row.kind, *numbers))
-    headings = (f"{n} {side}" for n in names.values() for side in ("before", "after", "Δ"))
-    yield Table(("layer", "kind", *headings), body, left=2, sortable=True)
+    kept = costly(shown)
+    body: list[tuple[Line, ...]] = [(Code(label(pair.row)), *pair_texts(pair)) for pair in kept]
+    yield Table(PAIR_HEADINGS, body, left=2, sortable=True)
     for line in left_out(shown, kept):
         yield Paragraph(line)
 

@@ -76,11 +76,7 @@ def escape(text: object) -> str:
 
 def number(value: float) -> str:
     """A coordinate."""
-    return f"{round(value, 2):.2f}".rstrip("0").rstrip(".").replace("-0", "0") if abs(value) < 0.005 else _short(value)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0: no -0
 
 
 def rect(x: float, y: float, width: float, height: float, css: str, *, tip: str = "", radius: float = 0) -> str:

@@ -35,7 +35,7 @@ from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Recipe, Stage
 from repbnn_cli.train.schedules import Binarization, LearningRate, learning_rate
 from repbnn_cli.train.state import Position, Run
-from repbnn_cli.train.steps import Step, averaged, copy_into, optimizer_for
+from repbnn_cli.train.steps import Step, averaged, copy_into, optimizer_for, restore
 
 Forward = Callable[[Tensor], object]
 Taken = Callable[[Tensor, Tensor], object]
@@ -86,7 +86,6 @@ def finetune(
     recipe: Recipe,
     run_dir: str | Path,
     *,
-    epochs: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -102,9 +101,9 @@ def finetune(
 ) -> Outcome:
     """Trains `network` in place by a recipe, from the weights it has, and writes the run's folder.
 
-    epochs: length of every stage instead of the recipe's. resume: continue the run in run_dir; all arguments have to
-    be those of its beginning. teacher: the network to distil from. prepare: what the weights go through before
-    the first step; the accuracy after that, where they are inherited ones, is epoch 0 of the metrics.
+    resume: continue the run in run_dir; all arguments have to be those of its beginning. teacher: the network to
+    distil from. prepare: what the weights go through before the first step; the accuracy after that, where they are
+    inherited ones, is epoch 0 of the metrics.
     package: makes the payload of best.pt and last.pt from tensors and facts about them; default: the two side by side.
     about: what the run's record says of the network, plain values: name, arch, beta, target, sha256, source_top1.
     ranks: the processes that train together, each with the same arguments; rank 0 alone writes.
@@ -113,7 +112,6 @@ def finetune(
     MemoryExceededError, and StoppedError after SIGINT or SIGTERM, once the state is saved.
     """
     options, device, ranks = options or Options(), torch.device(device), ranks or Ranks()
-    recipe = recipe if epochs is None else recipes.with_epochs(recipe, epochs)
     recipes.check_data(recipe, dataset.name)
     feed = open_feed(dataset, recipe.header, seed=seed, device=device, channels_last=options.channels_last,
                      eval_batch=options.eval_batch, workers=options.workers, rank=ranks.rank,
@@ -254,10 +252,7 @@ class _Trainer:
         epochs = stage.length(len(self.feed.train))
         optimizer = optimizer_for(self.network, stage, self.lr.value)
         if self.optimizer_state:
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": self.optimizer_state, "param_groups": groups})
-            for group in optimizer.param_groups:  # load_state_dict puts copies there
-                group["lr"] = self.lr.value
+            restore(optimizer, self.optimizer_state, self.lr.value)
         if stage.ema and not self.ema:
             self.ema = {name: tensor.detach().clone() for name, tensor in averaged(self.network).items()}
         watch = self._watch if self.device.type == "cpu" else None
@@ -306,14 +301,7 @@ class _Trainer:
                     raise self._stopped(received, saved)
 
     def _step(self, step: Step, taken: Taken, images: Tensor, labels: Tensor) -> None:
-        full = False
-        try:
-            taken(images, labels)
-        except RuntimeError as error:
-            full = memory.ran_out(error)
-            if not full:
-                raise
-        if full:  # out of the block above, whose traceback holds on to the memory
+        if not memory.fits(lambda: taken(images, labels)):
             batch, accumulate = self.recipe.header.batch, step.stage.accumulate
             step.watch = None
             raise memory.step_too_large(step, images, labels, batch, accumulate, self.ranks.size, self._kept())
@@ -370,13 +358,13 @@ class _Trainer:
                 raise self._stopped(received, saved)
 
     def _evaluate(self, forward: Forward) -> measure.Evaluation:
-        full = False
-        try:
-            return measure.evaluate(self.network, self.feed.test(), forward=forward, ranks=self.ranks)
-        except RuntimeError as error:
-            full = memory.ran_out(error)
-            if not full:
-                raise
+        found: list[measure.Evaluation] = []
+
+        def measured() -> None:
+            found.append(measure.evaluate(self.network, self.feed.test(), forward=forward, ranks=self.ranks))
+
+        if memory.fits(measured):
+            return found[0]
         raise memory.evaluation_too_large(self.network, next(iter(self.feed.test()))[0], self._kept())
 
     # -- parts --------------------------------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ def open_feed(
     DataError where neither of the first test images can be read.
     """
     damages = Damages(report or warn)
+    known = FOLDERS if isinstance(dataset, ImageFolders) else MEMORY
+    if recipe.augmentation not in known:
+        raise UsageError(
+            f"augmentation {recipe.augmentation}: is not for {dataset.name}; expected one of {', '.join(known)} (--set "
+            "augmentation=...), or another recipe"
+        )
     if batches_in(len(dataset.train), recipe.batch, drop_last=True) == 0:
         count = len(dataset.train)
         raise UsageError(f"batch {recipe.batch}: {dataset.name} has only {count} training images; --set batch={count}")
@@ -102,12 +108,6 @@ def eval_images(
     """Batches of the test split in order, normalised as the recipe says; each call starts over."""
     damages = damages or Damages()  # one for all passes, so that each image is told of once
     batch = -(-batch // world) * world  # how images are grouped changes no result
-    known = FOLDERS if isinstance(dataset, ImageFolders) else MEMORY
-    if recipe.augmentation not in known:
-        raise UsageError(
-            f"augmentation {recipe.augmentation}: is not for {dataset.name}; expected one of {', '.join(known)} (--set "
-            "augmentation=...), or another recipe"
-        )
     look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last,
                             "rank": rank, "world": world}  # fmt: skip
     if isinstance(dataset, ImageFolders):

@@ -28,8 +28,8 @@ from repbnn_cli.binary_conv import (
     ReCUConv2d,
     SignConv2d,
     signs_convolved_by,
+    standardised,
 )
-from repbnn_cli.train.schedules import standardised
 
 
 def binary_convs(network: nn.Module) -> dict[str, BinaryConv2d]:
@@ -70,10 +70,7 @@ def _dead_share(conv: BinaryConv2d) -> Tensor | None:
         scaled = standard.abs() * (2 * math.sqrt(2))
         return (scaled > -scaled.mean() * torch.log(2 - 2 * conv.tau)).float().mean()
     if isinstance(conv, RBNNConv2d):
-        grid = standard.reshape(conv.out_channels, len(conv.R1), len(conv.R2))
-        rotated = (conv.R1.t() @ grid @ conv.R2).reshape(standard.shape)
-        turned = standard + conv.rotate.sin().abs() * (rotated - standard)
-        return (turned.abs() * conv.t >= math.sqrt(2)).float().mean()
+        return (conv.turned_kernel().abs() * conv.t >= math.sqrt(2)).float().mean()
     if isinstance(conv, IRConv2d):
         return (1 - torch.tanh(conv.t * standard) ** 2 < 0.01).float().mean()
     return None

@@ -7,6 +7,7 @@ import gc
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,17 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _CPU)
 
 
+def fits(act: Callable[[], object]) -> bool:
+    """Does it; False where memory ran out. Only then nothing holds on to its tensors any more: the traceback did."""
+    try:
+        act()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return False
+    return True
+
+
 def step_too_large(
     step: Callable[[Tensor, Tensor], object], images: Tensor, labels: Tensor, batch: int, accumulate: int,
     processes: int, kept: str,
@@ -53,12 +65,12 @@ def step_too_large(
     if processes > 1:  # a step by one of them would wait for the others
         advice = f"start another run with --set accumulate={2 * accumulate}, or a smaller batch"
         return MemoryExceededError(f"{text}, cut among {processes} processes; {kept}; {advice}")
-    fits = largest_fitting(lambda n: step(images[:n], labels[:n]), below=len(labels))
-    if fits == 1:
+    most = largest_fitting(lambda n: step(images[:n], labels[:n]), below=len(labels))
+    if most == 1:
         return MemoryExceededError(f"{text}, nor do 2 images; {kept}; use a smaller network")
-    parts = math.ceil(batch * accumulate / fits)
+    parts = math.ceil(batch * accumulate / most)
     return MemoryExceededError(
-        f"{text}; measured: {fits} images fit; {kept}; start another run with --set batch={fits}, or with --set "
+        f"{text}; measured: {most} images fit; {kept}; start another run with --set batch={most}, or with --set "
         f"accumulate={parts} (BatchNorm then sees one part of a batch at a time)"
     )
 
@@ -66,10 +78,10 @@ def step_too_large(
 def evaluation_too_large(network: nn.Module, images: Tensor, kept: str) -> MemoryExceededError:
     """Says how many test images at a time would fit, by trying."""
     with torch.no_grad():
-        fits = largest_fitting(lambda n: network.eval()(images[:n]), below=len(images))
+        most = largest_fitting(lambda n: network.eval()(images[:n]), below=len(images))
     return MemoryExceededError(
-        f"{len(images)} test images at a time do not fit into the memory of {images.device}; measured: {fits} fit; "
-        f"{kept}; --resume --eval-batch {fits} goes on"
+        f"{len(images)} test images at a time do not fit into the memory of {images.device}; measured: {most} fit; "
+        f"{kept}; --resume --eval-batch {most} goes on"
     )
 
 
@@ -77,29 +89,18 @@ def largest_fitting(attempt: Callable[[int], object], below: int) -> int:
     """The largest n < below for which attempt(n) does not run out of memory, by bisection; 1 when not even 2 does.
 
     Not 1 itself: BatchNorm in training refuses a single value per channel.
-    To be called outside of any `except` block: the traceback of a failed attempt holds on to that attempt's tensors.
+    To be called outside of any `except` block, see `fits`.
     """
     release()
-    fits, fails = 1, below
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        if _fits(attempt, middle):
-            fits = middle
+    most, fails = 1, below
+    while fails - most > 1:
+        middle = (most + fails) // 2
+        if fits(partial(attempt, middle)):
+            most = middle
         else:
             fails = middle
-    return fits
-
-
-def _fits(attempt: Callable[[int], object], n: int) -> bool:
-    try:
-        attempt(n)
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
-        return False
-    finally:
         release()
-    return True
+    return most
 
 
 def release() -> None:

@@ -21,7 +21,6 @@ from repbnn_cli import rule_files
 from repbnn_cli.errors import RulesError, UsageError
 from repbnn_cli.train.recipe_models import RecipeFile, Settings
 from repbnn_cli.yaml_marks import (
-    MAX_CHARACTERS,
     Document,
     Location,
     Problem,
@@ -29,6 +28,7 @@ from repbnn_cli.yaml_marks import (
     nearest,
     printable,
     read,
+    text_of,
     validate,
 )
 
@@ -109,19 +109,8 @@ def load(name_or_path: str, arch: str | None = None) -> Recipe:
         if arch is not None and name.startswith(f"{name_or_path}-") and arch in (found := load(name)).header.networks:
             return found
     known = f"expected a path or one of {', '.join(files)}{nearest(Path(name_or_path).stem, files)}"
-    shown = printable(name_or_path)
-    try:
-        with open(name_or_path, "rb") as file:
-            data = file.read(MAX_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise RulesError(f"{shown}: no such recipe; {known}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RulesError(f"{shown}: cannot be read ({reason}); {known}") from None
-    try:
-        return loads(data.decode("utf-8-sig"), os.path.normpath(name_or_path))
-    except UnicodeDecodeError as error:
-        raise RulesError(f"{shown}: is not UTF-8 text (byte {error.start}); expected a YAML recipe") from None
+    text = text_of(name_or_path, printable(name_or_path), "recipe", known)
+    return loads(text, os.path.normpath(name_or_path))
 
 
 def loads(text: str, file: str) -> Recipe:

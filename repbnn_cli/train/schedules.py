@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from repbnn_cli.binarize import FILTER
-from repbnn_cli.binary_conv import BinaryConv2d, IRConv2d, RBNNConv2d, ReCUConv2d
+from repbnn_cli.binary_conv import BinaryConv2d, IRConv2d, RBNNConv2d, ReCUConv2d, rotate
 
 LearningRateName = Literal["cosine", "linear", "step"]
 BinarizationName = Literal["none", "ede", "rbnn", "recu"]
@@ -126,38 +125,3 @@ class Binarization:
             kinds = ", ".join(sorted({type(m).__name__.removeprefix("Rep") for m in self.unscheduled}))
             found.append(f"{len(self.unscheduled)} convolutions ({kinds}) keep t, k or τ: binarization is {self.name}")
         return found
-
-
-@torch.no_grad()
-def rotate(convs: Sequence[RBNNConv2d], alternations: int = 3) -> None:
-    """RBNNConv2d.rotate_ for many convolutions, those of one shape in one batch of matrix products and SVDs.
-
-    Letters: L layers, O filters, (n, m) a filter's kernel as a matrix, R1 (n, n), R2 (m, m).
-    """
-    groups: dict[tuple[int, int, int], list[RBNNConv2d]] = {}
-    for conv in convs:
-        groups.setdefault((conv.out_channels, len(conv.R1), len(conv.R2)), []).append(conv)
-    for shape, members in groups.items():
-        x = torch.stack([standardised(conv.latent_kernel()).reshape(shape) for conv in members])  # (L, O, n, m)
-        r1 = torch.stack([conv.R1 for conv in members])
-        r2 = torch.stack([conv.R2 for conv in members])
-        for _ in range(alternations):
-            signs = (r1.mT.unsqueeze(1) @ x @ r2.unsqueeze(1)).sign()
-            r1 = _nearest_rotations((x @ r2.unsqueeze(1) @ signs.mT).sum(1))
-            r2 = _nearest_rotations((x.mT @ r1.unsqueeze(1) @ signs).sum(1))
-        for conv, first, second in zip(members, r1, r2, strict=True):
-            conv.R1.copy_(first)
-            conv.R2.copy_(second)
-
-
-def standardised(kernel: Tensor) -> Tensor:
-    """(w − mean)/std per filter of a kernel (O, I, kh, kw); a constant filter gives 0."""
-    centred = kernel - kernel.mean(FILTER, keepdim=True)
-    return centred / centred.std(FILTER, keepdim=True).clamp_min(1e-12)
-
-
-def _nearest_rotations(matrices: Tensor) -> Tensor:
-    """For each matrix of (L, n, n) the orthogonal R that maximises tr(Rᵀ·matrix)."""
-    u, _, vh = torch.linalg.svd(matrices)
-    rotations: Tensor = u @ vh
-    return rotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,8 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self.stage.accumulate
-        for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        parts = min(self.stage.accumulate, len(labels))
+        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             logits, lesson = logits_of(self.forward(x)), self._lesson(x)
             loss = loss_of(self.stage, logits, y, lesson) + gate_penalty(self.stage, self.gated)
             if self.watch is not None:
@@ -105,6 +106,18 @@ def optimizer_for(network: nn.Module, stage: Stage, lr: Tensor) -> torch.optim.O
     if made.name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=made.betas, fused=fused, capturable=lr.is_cuda)
     return torch.optim.SGD(groups, lr=lr, momentum=made.momentum, nesterov=made.nesterov, fused=fused)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: Mapping[int, Any], lr: Tensor) -> None:
+    """Gives an optimiser of `optimizer_for` the state that another one of the same stage had."""
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group in optimizer.param_groups:  # load_state_dict puts copies there
+        group["lr"] = lr
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            # A file holds everything contiguous, and a fused optimiser goes through memory in the parameter's order.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def averaged(network: nn.Module) -> dict[str, Tensor]:
