@@ -233,6 +233,13 @@ def reduces_channels(node: fx.Node) -> bool:
     return operator_name(node) in REDUCE and dims is not None and 1 in dims
 
 
+def makes_container(node: fx.Node) -> bool:
+    """Whether a node makes a namedtuple or dataclass of its arguments."""
+    kind = node.target
+    fields = hasattr(kind, "_fields") or hasattr(kind, "__dataclass_fields__")
+    return node.op == "call_function" and isinstance(kind, type) and fields
+
+
 def is_flatten(before: Tensor, after: Tensor) -> bool:
     """(N, C, *rest) → (N, C·rest): what classifiers do, in any spelling, `view(-1, 1024)` included."""
     return (

@@ -304,7 +304,7 @@ FREE_FUNCTIONS = names(
     new_zeros new_ones new_full new_empty dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
     repbnn.set_data repbnn.fold repbnn.unfold repbnn.fold_last repbnn.unfold_last repbnn.repeat_last
     repbnn.repeat_batch
-    repbnn.add_channels repbnn._with_ndim
+    repbnn.add_channels repbnn.first_replica repbnn._with_ndim
     """
 )
 

@@ -207,6 +207,8 @@ class Explainer:
         node = self.nodes[path][0] if path in self.nodes else None
         state = self._state(node) if node is not None else None
         inputs = [self._state(n) for n in node.all_input_nodes] if node is not None else []
+        if node is not None and node.op == "get_attr" and any(self._state(user) for user in node.users):
+            return "each replica takes it as it is"
         if state is None and not any(inputs):
             return "no expanded tensor reaches it"
         if layer is None or layer.role == "weightless":

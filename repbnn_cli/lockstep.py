@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Compact, Folded, State, Tiled
+from repbnn_cli.channels import Compact, Folded, State, Tiled, makes_container
 from repbnn_cli.inherit import Columns, Kernel, Mean, runs
 from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.positions import holds_tensor
@@ -79,7 +80,10 @@ class Lockstep:
         self.given: Any = None  # the source's outputs, once both have run
         self._samples = 1
         # Where a forward calls convolutions as functions, its own code cannot be given the merged kernels.
-        self.partial = foreign or any(e.layout is not None for e in plan.edits)
+        # Nor where hooks are called around one: they would run for the stand-in, too.
+        convolving = [fetch(plan.network.module, path) for path in self._merging]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in convolving)
+        self.partial = foreign or hooked or any(e.layout is not None for e in plan.edits)
         self._foreign = foreign
         self._biases: dict[str, Tensor] = {}
 
@@ -115,6 +119,9 @@ class Lockstep:
         return fx.map_arg(source_out.args[0], self._returned), fx.map_arg(rep_out.args[0], lambda n: self._rep[n])
 
     def _returned(self, node: fx.Node) -> Any:
+        if makes_container(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._returned)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         value, step = self._source_value(node), self.plan.steps.get(node.name)
         state = step.state if step is not None else None
         expanded = state is not None and not (isinstance(state, Folded) and state.reduced)
@@ -195,6 +202,9 @@ class Lockstep:
             del module.__dict__["forward"]
 
     def _with_merged_kernels(self, edit: ModuleEdit, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        # With its hooks, but where a stand-in takes the place of its forward: `model(...)` runs them around that.
+        stands_in = edit.path in self._merging and not self.partial
+        call = partial(type(module).forward, module) if stands_in else module
         if edit.path in self._merging and not isinstance(module, BinaryConv2d):
             # Its code may use its kernel beside the convolution, and then has to see the Rep network's. If it does not
             # run with kernels of that size, it sees its own, which is right unless it uses them so.
@@ -204,9 +214,9 @@ class Lockstep:
                 counting_replicas(module, self.plan.layers[edit.path], self.plan.beta),
                 self._merged_kernels(edit, module),
             ):
-                return type(module).forward(module, *args, **kwargs)
+                return call(*args, **kwargs)
         with self._merged_kernels(edit, module):
-            return type(module).forward(module, *args, **kwargs)
+            return call(*args, **kwargs)
 
     @contextlib.contextmanager
     def _merged_kernels(self, edit: ModuleEdit, module: nn.Module) -> Iterator[None]:
@@ -253,14 +263,14 @@ class Lockstep:
         reference = self._source_value(source)
         if source.op == "call_module" and isinstance(reference, Tensor) and isinstance(actual, Tensor):
             layer = self.plan.layers.get(str(source.target))
+            sites = reference.shape[2:].numel(), actual.shape[2:].numel()
             if layer is not None and layer.inputs_first:
-                sites = source.all_input_nodes[0].meta["value"].shape[2:].numel()
-                self.positions[layer.path] = sites, sites
+                sites = (source.all_input_nodes[0].meta["value"].shape[2:].numel(),) * 2
             elif layer is not None and layer.last_axis:
-                sites = reference[..., 0].numel(), actual[..., 0].numel() // self.plan.beta
-                self.positions[layer.path] = sites[0] // self._samples, sites[1] // self._samples
-            else:
-                self.positions[str(source.target)] = reference.shape[2:].numel(), actual.shape[2:].numel()
+                rows = reference[..., 0].numel(), actual[..., 0].numel() // self.plan.beta
+                sites = rows[0] // self._samples, rows[1] // self._samples
+            before, after = self.positions.get(str(source.target), (0, 0))  # of its earlier calls
+            self.positions[str(source.target)] = before + sites[0], after + sites[1]
         if source.op == "get_attr" or self.plan.steps[source.name].static or not holds_tensor(actual):
             return
         if reference is None:  # a convolution whose kernel could not be observed: go on from the Rep network's value

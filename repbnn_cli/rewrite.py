@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, Folded, Tiled, operator_name
+from repbnn_cli.channels import Compact, Tiled, operator_name
 from repbnn_cli.inherit import Tile
 from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import Step
@@ -23,6 +23,7 @@ from repbnn_cli.rewrite_modules import ModuleWalk
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import Made, shape_text
+from repbnn_cli.wording import some
 
 # Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
 _WRITES = (operator.setitem, set_data, only_when)
@@ -50,6 +51,9 @@ class Rewriter(ModuleWalk):
                 f"{self._place(self.products[0])}: products of activations, {len(self.products)} in all, are computed "
                 f"for each replica, at {self.beta} times their cost"
             )
+        binary = [path for path, layer in self.layers.items() if layer.binary and layer.role != "depthwise_conv"]
+        if binary and not any(self.edits[path].action == "rep_conv" for path in binary if path in self.edits):
+            self.notes.append(f"no binary layer becomes a RepConv ({some(binary)})")
         if not any(isinstance(recipe, Tile) for edit in self.edits.values() for _, recipe in edit.tensors):
             self.notes.append(
                 "no layer has parameters for each replica, so the replicas of a channel stay alike, in training too, "
@@ -72,19 +76,6 @@ class Rewriter(ModuleWalk):
             self._module(node)
         else:
             self._call(node)
-
-    def _output(self, node: fx.Node) -> Any:
-        if not holds_tensor(node.meta["value"]):
-            return self._number(node, folded=False)
-        state = self._made[node].state
-        if isinstance(state, Folded) and state.reduced:  # an attention map: as in the source, of all replicas
-            return self.graph.call_function(rep_layers.mean_of_replicas, (self._made[node].node, self.beta))
-        if state is not None:
-            self.notes.append(
-                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; a rule with "
-                "`apply: select_inputs` ends the expansion, `apply: keep` leaves a part of the network out of it"
-            )
-        return self._as_tiled(node)
 
     def _effect(self, node: fx.Node) -> None:
         expanded = self._expanded(node)

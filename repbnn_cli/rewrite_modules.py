@@ -83,7 +83,9 @@ class ModuleWalk(OperatorWalk):
         if rule is None or rule.apply != "repeat_output":
             if rule is not None and rule.apply == "rep_conv":
                 self._refuse(
-                    node, f"{rule.where} makes it a RepConv, but its input is not expanded", "expand what feeds it"
+                    node,
+                    f"{rule.where} makes it a RepConv, but its input is not expanded",
+                    "`apply: keep` leaves it as it is, `apply: repeat_output` starts an expansion here",
                 )
             self._keep(node, new, None)
             return

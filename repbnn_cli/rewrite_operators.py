@@ -22,6 +22,7 @@ from repbnn_cli.channels import (
     is_flatten,
     is_patches,
     kind_of_call,
+    makes_container,
     operator_name,
     permutation,
     plain,
@@ -36,7 +37,7 @@ from repbnn_cli.rules import Rule
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
 from repbnn_cli.trials import acts_per_sample, commutes, random_like
-from repbnn_cli.walk import Walk, shape_text, subject_of
+from repbnn_cli.walk import Made, Walk, shape_text, subject_of
 
 
 class OperatorWalk(Walk):
@@ -45,6 +46,9 @@ class OperatorWalk(Walk):
     def _call(self, node: fx.Node) -> None:
         if not self._expanded(node):
             self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
+            return
+        if makes_container(node):  # what a forward returns, `Out(logits=..., features=...)`
+            self._made[node] = Made(self._copy_mapped(node, self._output), None)
             return
         kind = kind_of_call(node)
         rule = self.rules.get(subject_of(node))
@@ -236,7 +240,8 @@ class OperatorWalk(Walk):
             or (self._made[n].state is not None and n.meta["value"].ndim != value.ndim)
             for n in tensors
         )
-        if folds and not all(isinstance(self._made[n].state, Folded) and unfoldable(n, self.network) for n in tensors):
+        whole = [n for n in tensors if n.meta["value"].shape[:2] == value.shape[:2] and unfoldable(n, self.network)]
+        if folds and not all(isinstance(self._made[n].state, Folded) and n in whole for n in tensors):
             per_channel = [n for n in tensors if self._is_per_channel(n, value)]
             if not per_channel and self._pointwise_last(node):
                 return None
@@ -403,7 +408,9 @@ class OperatorWalk(Walk):
         states = [self._made[n].state for n in self._expanded(node)]
         if operator_name(node) in PRODUCTS and self._static.isdisjoint(self._tensors(node)):
             self.products.append(node)
+        value = node.meta["value"]
         reduced = reduces_channels(node) or all(isinstance(s, Folded) and s.reduced for s in states)
+        reduced = reduced or (isinstance(value, Tensor) and value.ndim < 2)
         self._keep(node, self._copy_mapped(node, self._as_folded, folded=True), Folded(reduced))
 
     def _is_part(self, node: fx.Node, of: fx.Node) -> bool:

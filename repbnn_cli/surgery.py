@@ -107,7 +107,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
     tree = nn.Module()
     for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-        tree.__dict__[kind] = _copied(source.__dict__[kind], memo)
+        tree.__dict__[kind] = _copied(source, kind, memo)
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
         _carry_out(tree, edit, plan, made, state, start)
@@ -127,10 +127,19 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     return result
 
 
-def _copied(held: Any, memo: dict[int, Any]) -> Any:
+def _copied(source: nn.Module, kind: str, memo: dict[int, Any]) -> Any:
+    held = source.__dict__[kind]
     try:
         return copy.deepcopy(held, memo)
     except Exception as error:
+        for path, module in source.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    raise SurgeryError(
+                        f"{path}: its {name} is computed by a hook before each forward (weight_norm, spectral_norm, "
+                        "pruning), and such a module cannot be copied; make it permanent in the trained network "
+                        "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) and save that"
+                    ) from error
         kinds = (
             {type(m).__name__ for m in held.values() if isinstance(m, nn.Module)} if isinstance(held, dict) else set()
         )

@@ -28,8 +28,8 @@ Cost = Profile | Comparison
 CONVENTION = (
     "1 multiply-accumulate = 1 operation, binary or float; biases are not counted.",
     "BOPs = MACs × weight bits × activation bits; OPs = FLOPs + BOPs / 64; OPs without BN: FC + Conv + Bconv / 64.",
-    "BN: 2 per output element (normalise, scale); behind a repeat, the first layer's included, the normalisation is "
-    "shared: 1/(2β) + β/2 times the source's.",
+    "BN: 2 per output element (normalise, scale); BatchNorm1d and 2d share the normalisation behind a repeat without "
+    "groups, the first layer's included: 1/(2β) + β/2 times the source's.",
     "Other elementwise work (activations, sums, pooling, scales) is counted, but is no part of OPs.",
     "All figures are for one input, sizes in bytes. Packed: 1 bit per binary weight, BN as scale and shift, the rest "
     "float32; latent: the state dict; peak: float32 activations alive at once.",

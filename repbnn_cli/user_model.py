@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -120,6 +121,9 @@ def load_weights(
     differences = {p: _difference(tensors, held, ignores, p) for p in prefixes_to_try(prefix)}
     best = min(differences, key=lambda p: differences[p].count)
     if differences[best]:
+        if _takes(model, tensors):  # its own loading knows other names: those of the former weight_norm
+            model.load_state_dict(dict(tensors))
+            return model
         raise does_not_fit(differences[best], path)
     given = {best + name: tensor.detach() for name, tensor in tensors.items()}
     given = {name: tensor for name, tensor in given.items() if name in held and tensor.shape == held[name].shape}
@@ -133,6 +137,14 @@ def load_weights(
         # The model translates its state dict: only its own loading knows what the entries mean.
         model.load_state_dict(given, strict=False)
     return model
+
+
+def _takes(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        copy.deepcopy(model).load_state_dict(dict(tensors), strict=True)
+    except Exception:  # somebody else's loading
+        return False
+    return True
 
 
 def _fitted(tensor: Tensor, place: Tensor) -> Tensor:

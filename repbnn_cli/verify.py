@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.cpu_only import running
 from repbnn_cli.graph import random_inputs, unchanged
-from repbnn_cli.inherit import Kernel
+from repbnn_cli.inherit import Columns, Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
 from repbnn_cli.tracer import fetch
@@ -239,6 +239,10 @@ def _identity(plan: Plan, run: Lockstep) -> Check:
     convolutions = sum(e.action in ("rep_conv", "select_inputs") for e in plan.edits)
     if run.failed:
         text = f"max relative |Δ| = {run.worst:.3g} at {run.worst_node}; fails at {', '.join(run.failed[:3])}"
+        edit = run.edits.get(run.failed[0])
+        recipe = edit.layout or edit.tensors[0][1] if edit is not None and edit.action == "select_inputs" else None
+        if isinstance(recipe, Columns) and recipe.scale != 1.0:
+            text += "; where it normalises its kernel, the 1/β of its inputs is lost: `--last-layer 1_over_beta`"
     else:
         text = f"max relative |Δ| = {run.worst:.3g} over {run.compared} tensors, {convolutions} kernels"
     if run.unseen:

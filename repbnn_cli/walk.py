@@ -101,10 +101,10 @@ class Walk:
             elif isinstance(made.state, Folded):
                 if not self._rows_per_sample(node) or node.meta["value"].ndim < 2:
                     self._refuse(
-                        node,
-                        f"{operator_name(node)} moves channels into the batch axis, but channels are needed here",
-                        "keep the batch first",
-                    )
+                        node, f"{operator_name(node)} leaves batch and channels elsewhere than in the first two axes, "
+                        "but channels are needed here", "keep the batch first, or give it one replica (rule file: "
+                        f"`match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta`)",
+                    )  # fmt: skip
                 made.tiled = self._by_rows(rep_layers.unfold, made.node, node)
             else:
                 made.tiled = made.node
@@ -162,6 +162,21 @@ class Walk:
     @cached_property
     def _several_rows(self) -> dict[fx.Node, int]:
         return rows_per_sample(self.network)
+
+    def _output(self, node: fx.Node) -> Any:
+        """A tensor as the network returns it."""
+        if not holds_tensor(node.meta["value"]):
+            return self._number(node, folded=False)
+        made = self._made[node]
+        if isinstance(made.state, Folded) and made.state.reduced:  # an attention map: as in the source, of all replicas
+            return self.graph.call_function(rep_layers.mean_of_replicas, (made.node, self.beta))
+        if made.state is not None:
+            self.notes.append(
+                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; a rule with "
+                f"`match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta` gives one replica, "
+                "`apply: keep` leaves a part of the network out of the expansion"
+            )
+        return self._as_tiled(node)
 
     def _reordered(self, node: fx.Node, want: Tiled) -> fx.Node:
         """The tiled tensor with its replicas in the order of `want`."""

@@ -6,18 +6,20 @@ import math
 import operator
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import BinaryConv, Body, Residual, conv, images, planned, randomize, signs, transformed
+from networks import BinaryConv, Body, Residual, conv, images, planned, randomize, signs, transformed, written
 from torch import Tensor, fx, nn
 
-from repbnn_cli import graph, surgery
+from repbnn_cli import graph, surgery, user_model
 from repbnn_cli.channels import Tiled
 from repbnn_cli.deploy import agreement
-from repbnn_cli.errors import SurgeryError
+from repbnn_cli.errors import CheckpointError, SurgeryError
 from repbnn_cli.lockstep import difference
 from repbnn_cli.modes import is_write
 from repbnn_cli.verify import Certificate, _training, verify
@@ -200,6 +202,113 @@ def test_modules_are_what_they_do(block: type[nn.Module]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+@pytest.mark.parametrize("path", ["stem", "bn", "conv1", "bn1", "shortcut", "fc"])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_hooks_of_a_layer_are_a_part_of_it(path: str, before: bool, foreign: bool) -> None:
+    network = randomize(Residual())
+    module = network.get_submodule(path)
+    if before:
+        module.register_forward_pre_hook(lambda _, given: (given[0] * 1.5 + 0.1,))
+    else:
+        module.register_forward_hook(lambda _, given, out: out * 1.5 - 0.1)
+    plan, rep = transformed(network)
+    certificate = verify(network, plan, rep.eval(), gradients=foreign)
+    assert certificate.passed, str(certificate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replicas as samples: one value beside all channels, outputs without channels, outputs with names
+
+
+class SoftGate(Block):
+    def end(self, x: Tensor) -> Tensor:
+        y = x.softmax(1)
+        return x * y.amax(1, keepdim=True)
+
+
+class Normalised(Block):
+    def end(self, x: Tensor) -> Tensor:
+        y = x.flip(1)
+        return (y - y.mean(1, keepdim=True)) / y.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("block", [SoftGate, Normalised])
+def test_one_value_for_all_channels_beside_them(block: type[nn.Module]) -> None:
+    assert certified(around(block())).passed
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Plain())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cosine_similarity(self.trunk(x).mean((2, 3)), self.trunk(y).mean((2, 3)))
+
+
+class Plain(Block):
+    def end(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_similarity_is_that_of_all_replicas() -> None:
+    network = randomize(Siamese())
+    plan, rep = transformed(network, shape=((3, 8, 8), (3, 8, 8)))
+    assert verify(network, plan, rep.eval(), gradients=True).passed
+    assert rep(images(4), images(4, seed=2)).shape == (4,)
+
+
+class Result(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+@dataclass
+class Record:
+    logits: Tensor
+    features: Tensor
+
+
+@pytest.mark.parametrize("kind", [Result, Record])
+def test_outputs_with_names(kind: type) -> None:
+    class Named(Body):
+        def forward(self, x: Tensor) -> object:
+            x = self.body(self.bn(self.stem(x))).mean((2, 3))
+            return kind(logits=self.fc(x), features=x)
+
+    network = Named(Plain())
+    plan, rep = transformed(randomize(network))
+    certificate = verify(network, plan, rep.eval(), gradients=True)
+    assert certificate.passed, str(certificate)
+    (note,) = plan.notes
+    assert "`match: {path: :mean}, apply: select_inputs, share: 1_over_beta` gives one replica" in note
+    given = rep(images(3))
+    assert isinstance(given, kind)
+    assert given.features.shape == (3, 16)
+
+
+class Recursive(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.b(self.c(x)) + x
+        return x
+
+
+def test_the_certificate_counts_every_call() -> None:
+    (cost,) = (c for c in certified(around(Recursive())).checks if c.name == "convolution cost unchanged")
+    assert cost.values["macs"] == [3 * 64 * 8 * 8 * 9] * 2
+
+
+def test_that_no_layer_becomes_a_repconv_is_noted() -> None:
+    tiled = written("extends: reptran\nrules:\n  mine: {part: backbone, match: {path: body.c}, apply: tile}\n")
+    assert "no binary layer becomes a RepConv (body.c)" in planned(randomize(around(Plain())), rule=tiled).notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writes
 
 
@@ -353,6 +462,33 @@ def test_parametrisations_that_know_their_size_are_refused() -> None:
     for layer in (flat, spectral):
         with pytest.raises(SurgeryError, match=r"body\.c"):
             transformed(randomize(around(Parametrised(layer))))
+
+
+def test_a_layer_with_a_weight_from_a_hook_is_named() -> None:
+    network = around(Parametrised(conv(8, 8)))
+    nn.utils.weight_norm(network.stem)
+    with pytest.raises(SurgeryError, match=r"stem: its weight is computed by a hook.*remove_weight_norm"):
+        transformed(randomize(network))
+
+
+def test_a_checkpoint_of_the_former_weight_norm_fits_the_new_one() -> None:
+    old, new = nn.Conv1d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
+    nn.utils.weight_norm(old)
+    user_model.put(new, old.state_dict())
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(new(x), old(x))
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        user_model.put(new, {"weight_g": torch.ones(4, 1, 1)})
+
+
+def test_a_last_layer_that_normalises_its_kernel_is_told_what_to_do() -> None:
+    network = around(Plain())
+    network.fc = nn.utils.parametrizations.weight_norm(network.fc)
+    check = certified(network).checks[-1]
+    assert not check.passed
+    assert "`--last-layer 1_over_beta`" in check.summary
+    plan, rep = transformed(randomize(network), last_layer="1_over_beta")
+    assert verify(network, plan, rep.eval(), gradients=True).passed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def is_zoo_name(target: str) -> bool:
     if Path(target).exists():
         return False
     if "/" in target or "." in target:
-        raise CheckpointError(f"{target}: no such file; name a checkpoint, a result, or a network (`repbnn zoo`)")
+        checkpoint.load(target)  # raises, with the nearest file
     registry.build(target)  # raises, with the nearest names
     return True
 
