@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, Tiled, operator_name
+from repbnn_cli.channels import Compact, Tiled, makes_container, operator_name
 from repbnn_cli.inherit import Tile
 from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import Step
@@ -70,7 +70,7 @@ class Rewriter(ModuleWalk):
             self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
         elif node.op == "call_function" and node.target in _WRITES:
             self._effect(node)
-        elif not holds_tensor(node.meta["value"]):
+        elif not holds_tensor(node.meta["value"]) and not makes_container(node):
             return  # a size or another number: written where it is used
         elif node.op == "call_module":
             self._module(node)

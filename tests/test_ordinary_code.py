@@ -474,11 +474,11 @@ def test_a_layer_with_a_weight_from_a_hook_is_named() -> None:
 def test_a_checkpoint_of_the_former_weight_norm_fits_the_new_one() -> None:
     old, new = nn.Conv1d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
     nn.utils.weight_norm(old)
-    user_model.put(new, old.state_dict())
+    user_model.load_weights(new, old.state_dict())
     x = torch.randn(2, 3, 5)
     torch.testing.assert_close(new(x), old(x))
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        user_model.put(new, {"weight_g": torch.ones(4, 1, 1)})
+        user_model.load_weights(new, {"weight_g": torch.ones(4, 1, 1)})
 
 
 def test_a_last_layer_that_normalises_its_kernel_is_told_what_to_do() -> None:
