@@ -97,3 +97,7 @@ def test_what_is_no_run_or_damaged_is_refused_in_one_line(tmp_path: Path) -> Non
 def test_reading_a_run_needs_no_torch() -> None:
     code = "import sys, repbnn_cli.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_in_the_root_folder_are_of_no_run() -> None:
+    assert runs.folder_of("/ckpt.pt") is None

@@ -18,6 +18,7 @@ from pages import Reader, check_page, tables_of
 
 from repbnn_cli import experiments, report, sweeps
 from repbnn_cli.cli import run
+from repbnn_cli.commands import sweep
 from repbnn_cli.errors import RulesError, UsageError
 from repbnn_cli.sweeps import Budget
 
@@ -305,6 +306,21 @@ def test_another_file_under_the_same_name_is_another_sweep(here: Path) -> None:
         sweeps.begin(folder, experiment, Budget("digits"))
     rules.unlink()  # what needs it will say so; finished cells do not
     sweeps.begin(folder, experiment, Budget("digits"))
+
+
+def test_a_cell_with_a_damaged_folder_holds_up_no_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The processes do nothing here, so that no cell has a run to read."""
+    monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", "pass"))
+    damaged = here / "runs" / "tiny" / "irnet_resnet20-raw-seed3"
+    damaged.mkdir(parents=True)
+    (damaged / "run.json").write_text("{", "utf-8")
+    assert run(["sweep", "tiny.yaml", "--jobs", "2"]) == 3  # of the table, which cannot be made of the damaged cell
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the run's folder is incomplete" in said
+    for cell in ("raw-seed3", "raw-seed5", "beta-4-seed3", "beta-4-seed5"):
+        assert f"irnet_resnet20-{cell}: failed: " in said
 
 
 def test_an_interrupted_sweep_continues(here: Path) -> None:

@@ -92,6 +92,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     assert rows(tmp_path / "a")[-1]["loss"] == pytest.approx(rows(tmp_path / "b")[-1]["loss"])
 
 
+def test_more_parts_than_divide_the_batch_leave_no_single_image() -> None:
+    """BatchNorm refuses one value per channel: 10 images in 4 parts are 3, 3, 2, 2."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
+    seen: list[int] = []
+    network[1].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    stage = recipe("accumulate=4", "binarization=none").stages[0]
+    step = steps.Step(network, stage, steps.optimizer_for(network, stage, torch.tensor(0.1)), torch.zeros(3))
+    step(torch.randn(10, 3, 2, 2), torch.arange(10) % 3)
+    assert seen == [3, 3, 2, 2]
+
+
+def test_a_restored_optimiser_lies_in_memory_as_its_parameters_do() -> None:
+    """A file holds everything contiguous; a fused optimiser goes through memory in the parameters' order."""
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    stage, rate = recipe("binarization=none").stages[0], torch.tensor(0.1)
+    first = steps.optimizer_for(network, stage, rate)
+    network(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    first.step()
+    held = {n: {k: v.contiguous() for k, v in s.items()} for n, s in first.state_dict()["state"].items()}
+    second = steps.optimizer_for(network, stage, rate)
+    steps.restore(second, held, rate)
+    assert all(group["lr"] is rate for group in second.param_groups)
+    for parameter in network.parameters():
+        kept, given = first.state[parameter]["momentum_buffer"], second.state[parameter]["momentum_buffer"]
+        assert torch.equal(kept, given)
+        assert given.stride() == parameter.stride()
+
+
 def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
     network, seen = tiny(), []
 

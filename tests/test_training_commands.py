@@ -12,9 +12,9 @@ import torch
 from train_examples import OWN_NETWORK, own_network
 
 import repbnn_cli
-from repbnn_cli import runs
+from repbnn_cli import result, runs
 from repbnn_cli.cli import run
-from repbnn_cli.train import reconstruct
+from repbnn_cli.train import recipes, reconstruct
 
 pytest.importorskip("sklearn", reason="needs the extra `digits`")
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
@@ -120,6 +120,20 @@ def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixtur
     assert "running_mean" in changed
 
 
+def test_a_calibrated_file_is_measured_by_the_recipe_it_was_calibrated_with(
+    rep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = recipes.for_network(result.open_result(rep).origin).name
+    text = recipes.load(name).text.replace("mean:", "mean: [0.1, 0.2, 0.3]  #").replace("name:", "name: mine  #", 1)
+    Path("mine.yaml").write_text(text, "utf-8")
+    made = ["--data", "digits", "--json"]
+    assert run(["calibrate", str(rep), *made, "--batches", "2", "--fit", "0", "--recipe", "mine.yaml"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert run(["evaluate", str(rep.with_name("ckpt-rep2-calibrated.repbnn.pt")), *made]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert (first["top1"], first["loss"]) == (second["top1"], second["loss"])
+
+
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
@@ -128,6 +142,11 @@ def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixtur
         (["finetune", "irnet_resnet20", *QUICK, "--set", "optimiser.lr=1"], 2, "optimizer"),
         (["finetune", "irnet_resnet20", "--data", "cifar10:nowhere"], 3, "nowhere"),
         (["finetune", "irnet_resnet20", *QUICK, "--distill", "0.5"], 2, "--distill"),
+        (
+            ["finetune", "irnet_resnet20", *QUICK, "--epochs", "5", "--set", "stages.train.epochs=3"],
+            2,
+            "--epochs 5 and --set stages.train.epochs=...: say the same twice",
+        ),
         (["finetune", "reactnet_a"], 2, "--data"),
         (["finetune", "irnet_resnet20", *QUICK, "--teacher-arch", "resnet20"], 2, "name that with --teacher"),
         (

@@ -24,6 +24,7 @@ from repbnn_cli.experiments import Cell, Experiment
 from repbnn_cli.sweeps import Budget, Sweep
 from repbnn_cli.train import recipes
 from repbnn_cli.train.data import check_spec
+from repbnn_cli.train.guards import stopping
 
 COMMAND = (sys.executable, "-m", "repbnn_cli")
 
@@ -173,6 +174,13 @@ def _run_all(experiment: Experiment, budget: Budget, folder: Path, jobs: int, de
         return (folder / cell.name / runs.RECORD).exists() and runs.read(folder / cell.name).finished
 
     def one(cell: Cell) -> None:
+        try:
+            trained(cell)
+        except RepbnnError as error:  # a damaged folder: the other cells go on
+            failed.append(cell.name)
+            views.say(f"{cell.name}: failed: {error}")
+
+    def trained(cell: Cell) -> None:
         if finished(cell):
             views.say(f"{cell.name}: finished before")
             return
@@ -187,7 +195,7 @@ def _run_all(experiment: Experiment, budget: Budget, folder: Path, jobs: int, de
                 return
         views.say(f"{cell.name}: {runs.read(folder / cell.name).best_top1:.2f} % best top-1")
 
-    before = {n: signal.signal(n, running.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, running.stop) for n in stopping()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(one, experiment.cells))

@@ -109,7 +109,7 @@ def finetune(
     ranks: the processes that train together, each with the same arguments; rank 0 alone writes.
 
     Raises UsageError (arguments that do not fit each other, another run in run_dir), DivergedError,
-    MemoryExceededError, and StoppedError after SIGINT or SIGTERM, once the state is saved.
+    MemoryExceededError, and StoppedError after a signal to stop, once the state is saved.
     """
     options, device, ranks = options or Options(), torch.device(device), ranks or Ranks()
     recipes.check_data(recipe, dataset.name)

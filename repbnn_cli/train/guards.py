@@ -19,8 +19,14 @@ from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.recipes import Recipe
 
 
+def stopping() -> list[int]:
+    """The signals that ask a run to stop: the keyboard's, a scheduler's, a closing terminal's (but under nohup)."""
+    hangups = [getattr(signal, "SIGHUP")] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    return [signal.SIGINT, signal.SIGTERM, *(n for n in hangups if signal.getsignal(n) is not signal.SIG_IGN)]
+
+
 class Signals:
-    """Turns the first SIGINT or SIGTERM into `received`; a second one does what it always does.
+    """Turns the first signal that asks to stop into `received`; a second one does what it always does.
 
     patient: a second one does nothing. torchrun hands on what the terminal sends to all, and ends by itself who takes
     too long.
@@ -34,7 +40,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._note) for number in stopping()}
         return self
 
     def _note(self, number: int, frame: object) -> None:
