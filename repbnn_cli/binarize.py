@@ -1,4 +1,4 @@
-"""Owns sign and its gradient estimators; every forward is torch.sign (so sign(0) = 0) or a uniform quantiser.
+"""Sign (torch.sign, so sign(0) = 0), its scaled form, a uniform quantiser and a step, each with a gradient estimator.
 
 Notation: x is the tensor to binarise, of any shape, g the gradient that arrives. Every backward is elementwise (but
 that of standardised_sign), so one pass over x and g; the tensors t and k of a schedule are 0-dim and get no gradient.

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from repbnn_cli.inherit import Members
 from repbnn_cli.proxies import INPLACE
 from repbnn_cli.tracer import FunctionCall
 
@@ -37,7 +38,7 @@ class Compact:
     repeats: int
     source: int
     batch_norm: str
-    members: Any = None
+    members: Members | None = None
 
     @property
     def index(self) -> tuple[int, ...]:
@@ -126,7 +127,7 @@ POINTWISE = frozenset((
     "masked_fill", "nan_to_num", "heaviside", "isnan", "and", "or", "xor", "invert", "bool", "int", "long",
     "zeros_like", "ones_like", "full_like", "empty_like", "requires_grad", "mod", "remainder", "fmod",
 ))  # fmt: skip
-# Position by position of the spatial axes, each channel alone.
+# Over the spatial axes, each channel alone.
 SPATIAL = frozenset((
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",

@@ -104,7 +104,8 @@ def layout(stored: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]
 class Kernel:
     """The kernel (O, I, k...) as (O/b, I·b, k...): K[o, j] = W[members[o][replica[j]], column[j]].
 
-    column[j]: the source input channel (within its group) of expanded input j; replica[j]: its how-manieth copy j is.
+    column[j]: the source input channel (within its group) of expanded input j; replica[j]: how many copies of it
+    come before j.
     shape: (O, I, k...), in which it is stored, or in another `layout`, which it then keeps.
     inputs_first: whether it is stored as (I, O, k...), as `x @ w` takes it.
     """

@@ -88,7 +88,7 @@ class Lockstep:
         self._biases: dict[str, Tensor] = {}
 
     def run(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Any, Any]:
-        """Both outputs: what the source graph lets expect (with all channels where it is expanded), the Rep network's.
+        """Both outputs: those expected from the source graph (with all replicas where expanded), and the Rep network's.
 
         The source's own code runs at the same time, with the same merged kernels: whenever it reaches a changed
         convolution, both graphs are run up to there. So no kernel has to be kept, or computed twice.

@@ -146,7 +146,8 @@ def facts(call: ConvCall) -> ConvFacts:
         call.groups,
         _kernel_bits(call.kernel),
         _value_bits(one if one.numel() >= _MANY else call.input),
-        (call.input if call.transposed else call.output).numel() // max(1, call.kernel.shape[call.transposed]),
+        (call.input if call.transposed else call.output).numel()
+        // max(1, call.kernel.shape[1 if call.transposed else 0]),
         call.output.numel(),
     )
 

@@ -195,7 +195,7 @@ class OperatorWalk(Walk):
     def _takes_tiled(
         self, node: fx.Node, run: Callable[..., Any], varied: list[fx.Node], held: dict[fx.Node, Any]
     ) -> bool:
-        """Whether a function with per-channel parameters (F.batch_norm, F.prelu) follows when these are tiled, too."""
+        """Whether a function with per-channel parameters (F.batch_norm) gives tiled channels when these are tiled."""
         x, value = random_like(varied)[0], node.meta["value"]
         if len(varied) != 1 or not isinstance(value, Tensor) or x.ndim < 2 or value.shape != x.shape:
             return False

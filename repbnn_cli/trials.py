@@ -99,7 +99,7 @@ def module_acts_per_sample(node: fx.Node, module: nn.Module, like: Tensor) -> bo
 
 
 def commutes(call: Callable[..., Any], inputs: list[Any]) -> bool:
-    """Whether call(x[:, i]) == call(x)[:, i]: it treats every channel alone and alike, in its way of one to one."""
+    """Whether call(x[:, i]) == call(x)[:, i]: for every selection i of channels: each alone, and all alike."""
     tensors = [v for v in inputs if isinstance(v, Tensor)]
     if not tensors or any(t.ndim < 2 or t.shape[1] != tensors[0].shape[1] for t in tensors):
         return False

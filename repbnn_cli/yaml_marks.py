@@ -145,7 +145,7 @@ def read(text: str, file: str) -> Document:
     """
     file = printable(file)
     if len(text) > MAX_CHARACTERS:
-        raise RulesError(f"{file}: longer than {MAX_CHARACTERS // 1024} KiB; expected a rule file")
+        raise RulesError(f"{file}: longer than {MAX_CHARACTERS // 1024} KiB; expected a YAML file")
     try:
         root = yaml.SafeLoader(text).get_single_node()
         if root is None:
@@ -153,7 +153,7 @@ def read(text: str, file: str) -> Document:
         walk = _Walk(file)
         value = walk.value(root, ())
     except RecursionError:
-        raise RulesError(f"{file}: nested too deeply; expected a rule file") from None
+        raise RulesError(f"{file}: nested too deeply; expected a YAML file") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RulesError(

@@ -242,8 +242,8 @@ def test_extending_nothing_and_in_a_circle(tmp_path: Path, monkeypatch: pytest.M
          "document"),
         ("a: 1\nb: \x07", "mine.yaml:2: holds the character 0x07; expected a YAML text file"),
         ('a: "\\UFFFFFFFF"', "mine.yaml: not valid YAML: Python int too large to convert to C int"),
-        ("[" * 100_000, "mine.yaml: nested too deeply; expected a rule file"),
-        ("a" * (MAX_CHARACTERS + 1), "mine.yaml: longer than 256 KiB; expected a rule file"),
+        ("[" * 100_000, "mine.yaml: nested too deeply; expected a YAML file"),
+        ("a" * (MAX_CHARACTERS + 1), "mine.yaml: longer than 256 KiB; expected a YAML file"),
     ],
 )  # fmt: skip
 def test_not_a_rule_file(text: str, message: str) -> None:

@@ -50,7 +50,9 @@ def profile(
     ] = False,
     max_ops: Annotated[
         float | None,
-        typer.Option("--max-ops", help="Exit code 4 for more OPs without BN, e.g. 0.9e8; of a result: after."),
+        typer.Option(
+            "--max-ops", help="Exit code 4 above this many OPs without BN, e.g. 0.9e8; of a result: its Rep network's."
+        ),
     ] = None,
     latency: Annotated[
         bool, typer.Option("--latency", help="Time per batch instead, measured here, before and after.")

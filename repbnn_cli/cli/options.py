@@ -31,7 +31,9 @@ ModelArgs = Annotated[str | None, typer.Option("--model-args", help="""Its argum
 InputSize = Annotated[str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32.")]
 Key = Annotated[
     str | None,
-    typer.Option("--key", help="Entry of the file that holds the state dict, e.g. ema, or how its names begin there."),
+    typer.Option(
+        "--key", help="Key of the state dict in the file, e.g. ema, or the prefix of the network's tensor names."
+    ),
 ]
 Unsafe = Annotated[
     bool,
@@ -58,7 +60,7 @@ Spread = Annotated[
     float,
     typer.Option(
         "--spread", min=0,
-        help="Copies start apart by ±SPREAD standard deviations: a fresh RepBNN's shifts, or the targets of a fit.",
+        help="Start the copies of a channel with different thresholds, up to ±SPREAD standard deviations; try 0.75.",
     ),
 ]  # fmt: skip
 TrainingBackend = Annotated[

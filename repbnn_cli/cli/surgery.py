@@ -59,7 +59,10 @@ def transform(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, change and write nothing.")] = False,
     force: Force = False,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of fresh values: a zoo name's, and --inherit none's.")
+        int,
+        typer.Option(
+            "--seed", min=0, max=LAST_SEED, help="Seed of newly drawn weights: of a zoo name, of --inherit none."
+        ),
     ] = 0,
     key: Key = None,
     unsafe_load: Unsafe = False,

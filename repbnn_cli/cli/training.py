@@ -54,10 +54,12 @@ def finetune(
         list[str] | None, typer.Option("--stage", help="Only this stage of the recipe; may be given several times.")
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of initialisation, shuffling and augmentation.")
+        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Seed of initialisation, shuffling and augmentation.")
     ] = 0,
     device: Device = "auto",
-    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Folder of the run; runs/NAME-RECIPE-seedN.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="Folder of the run (default: runs/NAME-RECIPE-seedN).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder, exactly.")] = False,
     distill: Annotated[
         float | None,
@@ -77,13 +79,17 @@ def finetune(
     calibrate: Annotated[
         int | None,
         typer.Option(
-            "--calibrate", min=0, help="Batches for BatchNorm statistics before inherited weights are trained; 50."
+            "--calibrate",
+            min=0,
+            help="Batches that first give BatchNorm statistics to inherited weights (default: 50).",
         ),
     ] = None,
     fit: Annotated[
         int | None,
         typer.Option(
-            "--fit", min=0, help="Steps per convolution that first fit inherited weights to their source; 200."
+            "--fit",
+            min=0,
+            help="Adam steps per convolution that first fit inherited weights to the source network (default: 200).",
         ),
     ] = None,
     spread: Spread = 0.0,
@@ -105,7 +111,10 @@ def finetune(
     ] = True,
     backend: TrainingBackend = "auto",
     gradients: Annotated[
-        str, typer.Option("--gradients", help="Of binary convolutions, backend int8: exact, or bf16, rounded, faster.")
+        str,
+        typer.Option(
+            "--gradients", help="Gradients of binary convolutions, --backend int8: exact, or bf16 (rounded, faster)."
+        ),
     ] = "exact",
     compile_mode: Annotated[
         str, typer.Option("--compile", help="torch.compile: auto (where a run is long enough), on, off.")
@@ -181,7 +190,8 @@ def calibrate_command(
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Training batches for the statistics.")] = 50,
     fit: Annotated[
-        int, typer.Option("--fit", min=0, help="Steps per convolution that fit it to the source network's; 0: none.")
+        int,
+        typer.Option("--fit", min=0, help="Adam steps per convolution that fit it to the source network's; 0: none."),
     ] = 200,
     spread: Annotated[
         float, typer.Option("--spread", min=0, help="Targets of replicas ±SPREAD standard deviations apart in the fit.")

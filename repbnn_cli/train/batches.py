@@ -118,7 +118,6 @@ class Batches:
         """The rest of the epoch for this rank from batch ``start`` on, augmented, not normalised.
 
         uint8 (n, C, H, W) in channels_last layout, and labels (n,), on the device: batches lie one after the other.
-        This is what a captured training step copies its input from; ``normalise`` does the rest.
         """
         plan = self.plan(epoch)
         mine = torch.cat(

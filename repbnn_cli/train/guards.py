@@ -21,7 +21,7 @@ from repbnn_cli.train.recipes import Recipe
 
 def stopping() -> list[int]:
     """The signals that ask a run to stop: the keyboard's, a scheduler's, a closing terminal's (but under nohup)."""
-    hangups = [getattr(signal, "SIGHUP")] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    hangups = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
     return [signal.SIGINT, signal.SIGTERM, *(n for n in hangups if signal.getsignal(n) is not signal.SIG_IGN)]
 
 
