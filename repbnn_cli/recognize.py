@@ -103,8 +103,11 @@ def recognize(network: Network, declare: Declare | None = None) -> dict[str, Lay
 
 def _is_over_last_axis(node: fx.Node, layer: Layer) -> bool:
     x = node.args[0].meta["value"] if node.args and isinstance(node.args[0], fx.Node) else None
-    linear = layer.role in ("binary_linear", "float_linear")
-    return linear and isinstance(x, Tensor) and x.ndim > 2 and x.shape[-1] == layer.in_channels
+    if layer.role not in ("binary_linear", "float_linear") or not isinstance(x, Tensor) or x.ndim < 3:
+        return False
+    result = node.meta["value"]
+    kept = isinstance(result, Tensor) and result.shape[:-1] == x.shape[:-1]
+    return kept and (x.shape[-1], result.shape[-1]) == (layer.in_channels, layer.out_channels)
 
 
 def _recognize(network: Network, node: fx.Node, module: nn.Module, declared: ModuleRule | None) -> Layer:
