@@ -238,7 +238,7 @@ class ModuleWalk(OperatorWalk):
         self._keep(node, self._copy_mapped(node, self._as_tiled), maps[0])
 
     def _per_channel_last(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
-        """A module with numbers for channels that come last: it gets all replicas side by side, and numbers for each."""
+        """A module with numbers for channels that come last gets all replicas side by side, and numbers for each."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
         channels = x.meta["value"].shape[-1]
