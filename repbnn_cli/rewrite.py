@@ -6,7 +6,6 @@ its role and the rule that claims it (`rewrite_modules`). Nothing is changed her
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
 from typing import Any
 
@@ -15,18 +14,16 @@ from torch import fx
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Compact, Tiled, makes_container, operator_name
 from repbnn_cli.inherit import Tile
-from repbnn_cli.modes import is_write, only_when
+from repbnn_cli.modes import is_write
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.proxies import set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
-from repbnn_cli.walk import Made, shape_text
+from repbnn_cli.walk import GIVE_NOTHING, Made, shape_text
 from repbnn_cli.wording import some
 
-# Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
-_WRITES = (operator.setitem, set_data, only_when)
 _PURE = ("torch", "_operator", "operator", "math", "builtins")
 
 
@@ -68,7 +65,7 @@ class Rewriter(ModuleWalk):
             self.graph.output(fx.map_arg(node.args[0], self._output))
         elif node.op == "placeholder" or node in self._static:
             self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
-        elif node.op == "call_function" and node.target in _WRITES:
+        elif node.op == "call_function" and node.target in GIVE_NOTHING:
             self._effect(node)
         elif not holds_tensor(node.meta["value"]) and not makes_container(node):
             return  # a size or another number: written where it is used

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,13 +19,17 @@ from repbnn_cli.channels import Compact, Folded, State, Tiled, operator_name, pe
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Recipe
-from repbnn_cli.modes import is_write
+from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import ModuleEdit, Step
 from repbnn_cli.positions import holds_tensor
+from repbnn_cli.proxies import set_data
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.samples import rows_per_sample
 from repbnn_cli.static import static_nodes
+
+# Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
+GIVE_NOTHING = (operator.setitem, set_data, only_when)
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Walk:
 
     def _keep(self, node: fx.Node, new: fx.Node, state: State, *, by_position: bool = False) -> None:
         self._made[node] = made = Made(new, state)
-        if is_write(node) and node not in self._static and isinstance(node.args[0], fx.Node):
-            self._made[node.args[0]] = made  # other forms of it, made before, do not have what was written
+        written = node.args[0] if is_write(node) and node not in self._static else None
+        if isinstance(written, fx.Node) and node.target not in GIVE_NOTHING:
+            self._made[written] = made  # other forms of it, made before, do not have what was written
         self.steps[node.name] = Step(new.name, state, static=node in self._static, by_position=by_position)
 
     def _copy_mapped(self, node: fx.Node, tensor: Callable[[fx.Node], fx.Node], *, folded: bool = False) -> fx.Node:

@@ -341,6 +341,23 @@ class WrittenLater(Block):
         return (y + x) + z
 
 
+class Assigned(nn.Module):
+    """An assignment to what is not expanded yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = randomize(Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 0] = 0.5
+        return self.network(x * 2 + x)
+
+
+def test_an_assignment_before_the_expansion() -> None:
+    assert certified(Assigned()).passed
+
+
 @pytest.mark.parametrize("block", [InPlacePower, Masks, MinusInfinity, WrittenLater])
 def test_writes_and_masks(block: type[nn.Module]) -> None:
     assert certified(around(block())).passed
