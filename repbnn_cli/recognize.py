@@ -200,16 +200,20 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
 
 
 def _batch_norm(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -> Layer:
-    path, x = str(node.target), node.all_input_nodes[0].meta["value"]
-    layer = Layer(path, "batch_norm", f"is a {type(module).__name__}")
-    own = type(module).__module__.startswith("torch.nn.")
-    if own or not isinstance(x, Tensor) or x.ndim < 3 or x.shape[-1] != module.num_features:
-        return layer
+    layer = Layer(str(node.target), "batch_norm", f"is a {type(module).__name__}")
     held = (*module.named_parameters(), *module.named_buffers())
     axes = {n: 0 for n, t in held if t.shape == (module.num_features,)}
-    if x.shape[1] == module.num_features and follows(node, module, axes, 1):
-        return layer
-    return replace(layer, in_tensors=axes, last_axis=True)
+    own = type(module).__module__.startswith("torch.nn.")
+    return layer if own or not _comes_last(node, module, axes) else replace(layer, in_tensors=axes, last_axis=True)
+
+
+def _comes_last(node: fx.Node, module: nn.Module, axes: Mapping[str, int]) -> bool:
+    """Whether a module with numbers for channels (tensor → axis) has them along the last axis of more than two."""
+    x = node.all_input_nodes[0].meta["value"]
+    sizes = {fetch(module, name).shape[axis] for name, axis in axes.items()}
+    if not isinstance(x, Tensor) or x.ndim < 3 or sizes != {x.shape[-1]}:
+        return False
+    return x.shape[1] != x.shape[-1] or not follows(node, module, axes, 1)
 
 
 def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: dict[str, Tensor]) -> Layer:
@@ -360,7 +364,9 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             return layer
         axes = {n: p.axis for n, p in rule.per_channel.items()}
         _check_tensors(rule, path, module, axes)
-        return Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
+        last = rule.role == "per_channel" and _comes_last(node, module, axes)
+        layer = Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
+        return replace(layer, last_axis=last)
     kernel = rule.kernel or "weight"
     _check_tensors(rule, path, module, [kernel, *rule.per_channel])
     tensor: Tensor = fetch(module, kernel)

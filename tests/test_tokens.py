@@ -354,3 +354,37 @@ def test_explain_of_a_layer_over_the_last_axis() -> None:
     (given,) = story.inputs
     assert (given.before, given.after) == ((17, 16), (17, 32))
     assert "channel j of 32 stands for source channel j mod 16" in given.text
+
+
+def test_a_declared_module_may_have_its_channels_last() -> None:
+    declared = written(
+        "extends: reptran\nmodules:\n  - match: {type: RPReLU}\n    role: per_channel\n"
+        "    per_channel: {slope: {channels: in, axis: 0}, shift: {channels: in, axis: 0}}\n"
+    )
+    for network in (Transformer, Mean):
+        net = made(network)
+        plan = planned(net, rule=declared)
+        assert actions(plan)["blocks.0.act"] == "per_channel"
+        assert plan.layers["blocks.0.act"].evidence.startswith("declared at")
+        assert verify(net, plan, surgery.apply(plan).eval(), gradients=True).passed
+
+
+class TurningNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("channels", [12, 16])
+def test_a_batch_norm_that_turns_its_input(channels: int) -> None:
+    """Also where there are as many channels as tokens, 16."""
+
+    class Normed(Mixer):
+        def __init__(self) -> None:
+            super().__init__(channels)
+            self.norm1, self.norm2 = TurningNorm(channels), TurningNorm(channels)
+
+    net = made(Normed)
+    plan, rep = transformed(net)
+    assert actions(plan)["norm1"] == actions(plan)["norm2"] == "batch_norm"
+    assert plan.layers["norm1"].last_axis
+    assert verify(net, plan, rep.eval(), gradients=True).passed
