@@ -205,10 +205,11 @@ def _functional_convolution(call: Call) -> Count:
 
 
 def _product(call: Call) -> Count:
-    """Matrix products and F.linear: output elements × the length of the summed axis."""
+    """Matrix products and F.linear: output elements × the length of the summed axis. Binary where both factors were
+    seen to be, as in the attention of binary transformers."""
     position, name = {"addmm": (1, "mat1"), "baddbmm": (1, "batch1"), "addmv": (1, "mat")}.get(call.name, (0, "input"))
     operand: Tensor = call.argument(position, name)
-    return _of_macs(call.size_out * operand.shape[-1], "fc", 32, 32)
+    return _of_macs(call.size_out * operand.shape[-1], "fc", *call.node.meta.get("bits", (32, 32)))
 
 
 def _attention(call: Call) -> Count:

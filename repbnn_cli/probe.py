@@ -145,7 +145,7 @@ def facts(call: ConvCall) -> ConvFacts:
         tuple(call.kernel.shape),
         call.groups,
         _kernel_bits(call.kernel),
-        _value_bits(one if one.numel() >= _MANY else call.input),
+        value_bits(one if one.numel() >= _MANY else call.input),
         (call.input if call.transposed else call.output).numel()
         // max(1, call.kernel.shape[1 if call.transposed else 0]),
         call.output.numel(),
@@ -173,7 +173,7 @@ def _kernel_bits(kernel: Tensor) -> int:
     return 2 if bool(zero[single & ~two].sum() > _MOST_CHANCE_ZEROS * zero.numel()) else 1
 
 
-def _value_bits(values: Tensor) -> int:
+def value_bits(values: Tensor) -> int:
     """The smallest of 1, 2, 4, 8 bits that can hold the distinct values, else 32."""
     if values.is_meta:
         return 32

@@ -20,6 +20,8 @@ _FUNCTIONS: dict[Any, str] = {
     "mm": "product", "matmul": "product", "addmm": "sum",
 }  # fmt: skip
 
+_MULTIPLIES = ("matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__")
+
 
 @dataclass(frozen=True)
 class Product:
@@ -33,6 +35,13 @@ class Product:
     weight: fx.Node
     inputs_first: bool = False
     bias: fx.Node | None = None
+
+
+def factors(node: fx.Node) -> list[fx.Node]:
+    """The two tensors that a node multiplies as matrices; [] for other nodes. `torch.baddbmm` adds a first one."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    multiplies = node.op in ("call_function", "call_method") and name in _MULTIPLIES
+    return [a for a in node.args if isinstance(a, fx.Node)][-2:] if multiplies else []
 
 
 def find(target: Any, args: Any, kwargs: Any, values: Mapping[fx.Node, Any], fixed: Set[fx.Node]) -> Product | None:

@@ -274,7 +274,7 @@ class _Walk:
         path = f"{node.meta.get('path', '')}:{node.name}"
         cost = self._cost(node, Call(node, self.network.batch), path, name)
         if cost.costs:
-            self._assumed_float += cost.kind in ("conv", "fc")
+            self._assumed_float += cost.kind in ("conv", "fc") and "bits" not in node.meta
             self._record(node, path, 1, name, cost, NOTHING)
 
     def _cost(self, node: fx.Node, call: Call, path: str, what: str) -> Count:

@@ -31,6 +31,10 @@ def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Lay
             layers[edit.path] = edit.resized(layer)
     for path in plan.added:
         layers[path] = Layer(path, "weightless", "added by the transform")
+    nodes = {node.name: node for node in rep.graph.nodes}
+    for source in plan.network.graph.nodes:  # how many bits a product's factors have follows from no shape
+        if "bits" in source.meta and (step := plan.steps.get(source.name)) is not None:
+            nodes[step.node].meta["bits"] = source.meta["bits"]
     return propagate(rep, plan.network.example), layers
 
 

@@ -25,7 +25,7 @@ from repbnn_cli import products
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.layers import LearnableBias
-from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts
+from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts, value_bits
 from repbnn_cli.proxies import (
     INPLACE,
     Method,
@@ -194,6 +194,10 @@ class Tracer(fx.Tracer):
         node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
         node.meta["value"] = on_meta(value)
+        multiplied = [self.values[n] for n in products.factors(node)]
+        if len(multiplied) == 2 and all(isinstance(v, Tensor) for v in multiplied) and not self.shapes_only:
+            # A layer's outputs may have few values by chance, so that more bits than signs take count as real ones.
+            node.meta["bits"] = tuple(bits if (bits := value_bits(v)) <= 2 else 32 for v in multiplied)
         self.values[node] = hollow(value) if self.shapes_only else value
         return node
 

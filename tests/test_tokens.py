@@ -259,10 +259,10 @@ def test_what_products_of_activations_cost_is_said() -> None:
     assert "products of activations, 4 in all, are computed for each replica, at 2 times their cost" in note
     before = profiler.profile(plan.network, plan.layers).totals
     after = profiler.profile(*shapes.rep_network(plan, surgery.apply(plan))).totals
-    products = 2 * 4 * 17 * 17 * 8  # two heads and two products in each of two blocks
-    head = 10 * 16
-    assert (before.fc, after.fc) == (products + head, 2 * (products + head))
-    assert before.bops == after.bops == 2 * 17 * 16 * (48 + 16 + 32 + 32)
+    product = 2 * 2 * 17 * 17 * 8  # of two heads in two blocks: signs by signs, and probabilities by values
+    head, layers = 10 * 16, 2 * 17 * 16 * (48 + 16 + 32 + 32)
+    assert (before.fc, after.fc) == (product + head, 2 * (product + head))
+    assert (before.bops, after.bops) == (product + layers, 2 * product + layers)
 
 
 def test_layers_over_the_last_axis_are_fitted_to_the_source() -> None:
