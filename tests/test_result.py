@@ -19,7 +19,7 @@ from networks import Residual, images, randomize, rule_set
 from torch import nn
 
 import repbnn_cli
-from repbnn_cli import result, source, surgery, verify, zoo
+from repbnn_cli import checkpoint, result, source, surgery, verify, zoo
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.source import Origin, Source
 
@@ -287,10 +287,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         result.load(tmp_path / "plain.pt")
     with pytest.raises(CheckpointError):
         result.load(tmp_path / "missing.pt")
-    assert not result.is_result(tmp_path / "plain.pt")
+    assert result.of_file(checkpoint.load(tmp_path / "plain.pt"), None) is None
     payload, _ = transformed(zoo_source("irnet_resnet20"))
     result.save(payload, tmp_path / "net.repbnn.pt")
-    assert result.is_result(tmp_path / "net.repbnn.pt")
+    assert result.of_file(checkpoint.load(tmp_path / "net.repbnn.pt"), None) is not None
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
