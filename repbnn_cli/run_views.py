@@ -9,11 +9,20 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from repbnn_cli import runs, views
 from repbnn_cli.source import Origin
@@ -87,6 +96,27 @@ class Lines:
 def watcher(epochs: Mapping[str, int | None]) -> Bar | Lines:
     """Who shows a run here; epochs: the length of each stage, None where it is in iterations."""
     return Bar(epochs) if sys.stderr.isatty() else Lines(epochs)
+
+
+@contextmanager
+def transfer(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows how far a download is, by (bytes so far, bytes in all if known): a bar on a terminal, else every tenth."""
+    if sys.stderr.isatty():
+        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=views.console(error=True)) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    said = 0
+
+    def say(done: int, total: int | None) -> None:
+        nonlocal said
+        part = done * 10 // total if total else done // (16 * 2**20)
+        if part > said:
+            said = part
+            views.say(f"{name}: {done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else ""))
+
+    yield say
 
 
 def fitted_line(path: str, before: float, after: float) -> str:

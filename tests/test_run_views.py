@@ -72,3 +72,22 @@ def test_stages_and_distances_are_said_where_there_is_something_to_say() -> None
     text = "62.20 % top-1, 25.40 points below the published 87.6 % (Table 7)"
     assert run_views.distance_lines([known]) == [text]
     assert run_views.distance_lines([unknown, known]) == [f"stage b: {text}"]
+
+
+def test_a_download_says_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with run_views.transfer("cifar10") as progress:
+        for done in range(1001):
+            progress(done * 170_000, 170_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert (lines[0], lines[-1]) == ("cifar10: 17.0 MB of 170.0", "cifar10: 170.0 MB of 170.0")
+    with run_views.transfer("cifar10") as progress:
+        progress(40 * 2**20, None)
+    assert capsys.readouterr().err == "cifar10: 41.9 MB\n"
+
+
+def test_a_download_has_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with run_views.transfer("cifar10") as progress:
+        progress(85_000_000, 170_000_000)
+    assert "85.0/170.0 MB" in terminal.getvalue()

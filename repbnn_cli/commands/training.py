@@ -264,7 +264,8 @@ def _calibrated(path: Path) -> Path:
 
 def fetch_data(name: str, *, folder: str | None, url: str | None) -> None:
     """Download a data set, resuming and checking it."""
-    place = download(name, Path(folder) if folder else data_folder(), url=url)
+    with run_views.transfer(name) as progress:
+        place = download(name, Path(folder) if folder else data_folder(), url=url, progress=progress)
     views.say(f"{name}: in {place}; use it with --data {name}:{place}")
 
 
