@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 import warnings
@@ -17,7 +16,7 @@ import torch
 
 from repbnn_cli.errors import CheckpointError
 from repbnn_cli.pickles import STAND_INS, foreign_globals
-from repbnn_cli.wording import some
+from repbnn_cli.wording import nearest_file, some
 
 TORCH, TORCH_LEGACY, SAFETENSORS = "torch", "torch-legacy", "safetensors"
 
@@ -60,7 +59,7 @@ def kind_of(path: Path) -> str:
         with path.open("rb") as stream:
             head = stream.read(512)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: no such file{_nearest(path)}") from None
+        raise CheckpointError(f"{path}: no such file{nearest_file(path)}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
     if not head:
@@ -235,15 +234,6 @@ def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:
         if text.replace("\n", " ").replace("\t", " ").replace("\r", " ").isprintable():
             return CheckpointError(f"{path}: looks like text ({text.split(chr(10))[0]!r}); {_EXPECTED}")
     return CheckpointError(f"{path}: not a checkpoint (it begins with {head[:8].hex(' ')}); {_EXPECTED}")
-
-
-def _nearest(path: Path) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        names = [entry.name for entry in os.scandir(path.parent) if entry.is_file()]
-        close = difflib.get_close_matches(path.name, names, n=1)
-        if close:
-            return f"; did you mean {path.parent / close[0]}?"
-    return "; check the path"
 
 
 def _checkpoints_in(folder: Path) -> str:

@@ -172,16 +172,22 @@ def folder_of(checkpoint: str | os.PathLike[str]) -> Path | None:
     return place if (place / RECORD).is_file() else None
 
 
-def _unfinished(path: Path, stages: tuple[StageRecord, ...]) -> str:
-    """Where the last state stands: the steps after it are lost when the run is not running any more."""
-    positions = []
+def states(path: Path) -> list[tuple[tuple[int, ...], Path]]:
+    """The states that a run's folder holds, the oldest first: (stage, epoch, batch) and file of each."""
+    found = []
     for file in (path / "checkpoints").glob("state-*.pt"):
         numbers = file.stem.split("-")[1:]
-        if all(number.isdigit() for number in numbers) and len(numbers) == 3:
-            positions.append([int(number) for number in numbers])
-    if not positions:
+        if len(numbers) == 3 and all(number.isdigit() for number in numbers):
+            found.append((tuple(map(int, numbers)), file))
+    return sorted(found)
+
+
+def _unfinished(path: Path, stages: tuple[StageRecord, ...]) -> str:
+    """Where the last state stands: the steps after it are lost when the run is not running any more."""
+    found = states(path)
+    if not found:
         return "unfinished: no state saved yet"
-    stage, epoch, batch = max(positions)
+    (stage, epoch, batch), _ = found[-1]
     if stage >= len(stages):
         return "unfinished: all epochs done, not written out"
     step = f", batch {batch + 1}" if batch else ""

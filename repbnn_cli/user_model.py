@@ -37,7 +37,7 @@ from repbnn_cli.identify import (
     shapes_of,
     starts_within,
 )
-from repbnn_cli.wording import some
+from repbnn_cli.wording import nearest_file, some
 
 _EXPECTED = "expected path/to/file.py:callable or package.module:callable"
 # Code that is not the user's, for finding his line in a traceback and his files among the loaded modules.
@@ -66,7 +66,7 @@ def build(
     location, name = _parted(spec)
     file = Path(location).resolve() if location.endswith(".py") or os.sep in location else None
     if file is not None and not file.is_file():
-        raise UsageError(f"{spec}: there is no file {location}{_nearest_file(Path(location))}")
+        raise UsageError(f"{spec}: there is no file {location}{nearest_file(Path(location), '.py')}")
     if not name:
         known = f"; in this file: {some(_public_names(file), 12)}" if file else ""
         raise UsageError(f"{spec}: names no callable, {_EXPECTED}{known}")
@@ -400,12 +400,3 @@ def _without_stand_ins(model: nn.Module) -> None:
                     )
                 child = held[0]
             module._modules[name] = child
-
-
-def _nearest_file(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        names = [entry.name for entry in os.scandir(path.parent) if entry.name.endswith(".py")]
-        close = difflib.get_close_matches(path.name, names, n=1)
-        if close:
-            return f"; did you mean {path.parent / close[0]}?"
-    return "; check the path"

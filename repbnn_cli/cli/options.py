@@ -28,7 +28,9 @@ Model = Annotated[
     str | None, typer.Option("--model", help="Your own network: path/to/file.py:callable or package.module:callable.")
 ]
 ModelArgs = Annotated[str | None, typer.Option("--model-args", help="""Its arguments, JSON: '{"num_classes": 10}'.""")]
-InputSize = Annotated[str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32.")]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", help="Input without batch, e.g. 3x32x32; several with commas.")
+]
 Key = Annotated[
     str | None,
     typer.Option(

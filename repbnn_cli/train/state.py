@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
-from repbnn_cli.runs import METRICS, TIMING
+from repbnn_cli.runs import METRICS, TIMING, states
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
@@ -124,10 +124,7 @@ class Run:
 
     def states(self) -> list[Path]:
         """The states that there are, the oldest first."""
-        found = [
-            p for p in self.checkpoints.glob("state-*.pt") if p.stem.removeprefix("state-").replace("-", "").isdigit()
-        ]
-        return sorted(found, key=lambda p: [int(n) for n in p.stem.split("-")[1:]])
+        return [file for _, file in states(self.path)]
 
     def latest(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
         """The last state, after the metrics were cut to what it knows; None when the run had not saved one yet."""
