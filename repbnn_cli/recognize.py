@@ -213,7 +213,8 @@ def _comes_last(node: fx.Node, module: nn.Module, axes: Mapping[str, int]) -> bo
     sizes = {fetch(module, name).shape[axis] for name, axis in axes.items()}
     if not isinstance(x, Tensor) or x.ndim < 3 or sizes != {x.shape[-1]}:
         return False
-    return x.shape[1] != x.shape[-1] or not follows(node, module, axes, 1)
+    # As many channels as positions: the numbers belong to the axis whose order they follow.
+    return x.shape[1] != x.shape[-1] or (not follows(node, module, axes, 1) and follows(node, module, axes, x.ndim - 1))
 
 
 def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: dict[str, Tensor]) -> Layer:
@@ -334,8 +335,7 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
         why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
         return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
     like, along = next(iter(tensors.values())), {n: a[0] for n, a in axes.items()}
-    # As many channels as positions: its tensors belong to the axis whose order they follow.
-    axis = next((a for a in found if len(found) == 1 or follows(node, module, along, a)), found[0])
+    axis = found[-1] if len(found) == 1 or _comes_last(node, module, along) else 1
     channels = x.shape[axis]
     if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, like, axis):
         if not module_acts_per_sample(node, module, like):

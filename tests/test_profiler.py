@@ -216,8 +216,20 @@ def test_functions_are_counted() -> None:
     assert totals.parameters == 4 * 27 + 20
     assert totals.latent == 4 * (4 * 27 + 20 + 4)
     assert not profile.omissions
-    assert any("bit widths are not known" in note for note in profile.notes)
+    assert not any("bit widths are not known" in note for note in profile.notes), "they were seen"
     assert any("depend on parameters alone" in note for note in profile.notes), "the kernel's sign"
+
+
+def test_bits_of_products_are_known_where_values_were_seen() -> None:
+    class Signs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(2).sign() @ x.flatten(2).sign().transpose(1, 2)
+
+    for shapes_only in (False, True):
+        network = capture(Signs(), (3, 6, 6), shapes_only=shapes_only)
+        found = profiler.profile(network, recognize(network))
+        assert (found.totals.bops, found.totals.fc) == ((0, 9 * 36) if shapes_only else (9 * 36, 0))
+        assert any("bit widths are not known" in note for note in found.notes) is shapes_only
 
 
 @pytest.mark.parametrize(
