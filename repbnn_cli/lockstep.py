@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -237,7 +237,7 @@ class Lockstep:
     def _has_to_stay(self, edit: ModuleEdit) -> bool:
         """A last layer that takes every source channel (ways 1 and 2) and was inherited must act as it did. A binary
         one has no scale of its own to divide by β, and is merged like the convolutions."""
-        recipe = edit.layout or edit.tensors[0][1]
+        recipe = edit.way
         if not isinstance(recipe, Columns) or edit.reset or self.plan.layers[edit.path].binary:
             return False
         taken = [column for group in recipe.groups for column in group]
@@ -248,7 +248,7 @@ class Lockstep:
 
         M's filter c is filter c mod O/β of it; instead of repeating filters, `ConvCalls` repeats the output.
         """
-        recipe: Any = edit.layout or edit.tensors[0][1]
+        recipe: Any = edit.way
         width = torch.Size(self.plan.layers[edit.path].kernel_shape)[1]
         column = tuple(g[0] for g in recipe.groups) if isinstance(recipe, Columns) else recipe.column
         summed = torch.zeros((len(kernel), width, *kernel.shape[2:]), dtype=kernel.dtype, device=kernel.device)
@@ -397,8 +397,13 @@ def difference(a: Any, b: Any) -> float:
     left, right = tensors_of(a), tensors_of(b)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    gaps = [float(_gap(x, y).max()) for x, y in zip(left, right, strict=True) if x.numel()]
-    return float("nan") if any(map(math.isnan, gaps)) else max(gaps, default=0.0)
+    return largest(float(_gap(x, y).max()) for x, y in zip(left, right, strict=True) if x.numel())
+
+
+def largest(differences: Iterable[float]) -> float:
+    """0.0 of none; nan where one is, which `max` may lose."""
+    found = list(differences)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:

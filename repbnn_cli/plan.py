@@ -42,6 +42,11 @@ class ModuleEdit:
     reset: bool = False
     layout: Recipe | None = None
 
+    @property
+    def way(self) -> Recipe:
+        """What happens to the kernel of a convolution or linear layer."""
+        return self.layout or self.tensors[0][1]
+
     def resized(self, layer: Layer) -> Layer:
         """The convolution `layer` with the channels that it has afterwards."""
         assert self.channels is not None

@@ -24,7 +24,7 @@ from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
-from repbnn_cli.trials import first_tensor, follows, is_read, mixes_channels, module_acts_per_sample, random_like
+from repbnn_cli.trials import comes_last, first_tensor, is_read, mixes_channels, module_acts_per_sample, random_like
 
 CONVOLUTIONS = ("binary_conv", "float_conv", "depthwise_conv", "binary_linear", "float_linear")
 Declare = Callable[[str, tuple[str, ...]], ModuleRule | None]
@@ -204,17 +204,7 @@ def _batch_norm(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -> Layer
     held = (*module.named_parameters(), *module.named_buffers())
     axes = {n: 0 for n, t in held if t.shape == (module.num_features,)}
     own = type(module).__module__.startswith("torch.nn.")
-    return layer if own or not _comes_last(node, module, axes) else replace(layer, in_tensors=axes, last_axis=True)
-
-
-def _comes_last(node: fx.Node, module: nn.Module, axes: Mapping[str, int]) -> bool:
-    """Whether a module with numbers for channels (tensor → axis) has them along the last axis of more than two."""
-    x = node.all_input_nodes[0].meta["value"]
-    sizes = {fetch(module, name).shape[axis] for name, axis in axes.items()}
-    if not isinstance(x, Tensor) or x.ndim < 3 or sizes != {x.shape[-1]}:
-        return False
-    # As many channels as positions: the numbers belong to the axis whose order they follow.
-    return x.shape[1] != x.shape[-1] or (not follows(node, module, axes, 1) and follows(node, module, axes, x.ndim - 1))
+    return layer if own or not comes_last(node, module, axes) else replace(layer, in_tensors=axes, last_axis=True)
 
 
 def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: dict[str, Tensor]) -> Layer:
@@ -335,7 +325,7 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
         why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
         return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
     like, along = next(iter(tensors.values())), {n: a[0] for n, a in axes.items()}
-    axis = found[-1] if len(found) == 1 or _comes_last(node, module, along) else 1
+    axis = found[-1] if len(found) == 1 or comes_last(node, module, along) else 1
     channels = x.shape[axis]
     if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, like, axis):
         if not module_acts_per_sample(node, module, like):
@@ -364,7 +354,7 @@ def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:
             return layer
         axes = {n: p.axis for n, p in rule.per_channel.items()}
         _check_tensors(rule, path, module, axes)
-        last = rule.role == "per_channel" and _comes_last(node, module, axes)
+        last = rule.role == "per_channel" and comes_last(node, module, axes)
         layer = Layer(path, str(rule.role), f"declared at {rule.where}", in_tensors=axes, attributes=rule.attributes)
         return replace(layer, last_axis=last)
     kernel = rule.kernel or "weight"

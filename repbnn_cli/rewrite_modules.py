@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -205,12 +206,19 @@ class ModuleWalk(OperatorWalk):
             self._as_tiled(node)
             return
         index = self._map(x)
-        tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index.index)) for n in names]
         action, repeats = ("rep_batch_norm", compact.repeats) if compact is not None else ("batch_norm", 1)
-        width = len(index.index)
-        self._edit(layer, rule, action, before, f"({width})", tensors, channels=(width, width), repeats=repeats)
+        self._tile(layer, rule, dict.fromkeys(names, 0), index, action, repeats)
         form = (lambda n: self._made[n].node) if compact is not None else self._as_tiled
         self._keep(node, self._copy_mapped(node, form), index)
+
+    def _tile(
+        self, layer: Layer, rule: Rule, axes: Mapping[str, int], want: Tiled, action: str = "per_channel",
+        repeats: int = 1,
+    ) -> None:  # fmt: skip
+        """The edit of a module whose tensors (name → axis) get an entry for each expanded channel."""
+        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, want.index)) for n, axis in axes.items()]
+        before, width = f"({want.source})", len(want.index)
+        self._edit(layer, rule, action, before, f"({width})", tensors, channels=(width, width), repeats=repeats)
 
     def _per_channel(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         module = fetch(self.network.module, layer.path)
@@ -231,39 +239,28 @@ class ModuleWalk(OperatorWalk):
             self._refuse(
                 node, "a per-channel module with inputs of different channel maps", "split it into two modules"
             )
-        index = maps[0].index
-        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, index)) for n, axis in layer.in_tensors.items()]
-        before = f"({maps[0].source})"
-        self._edit(layer, rule, "per_channel", before, f"({len(index)})", tensors, channels=(len(index), len(index)))
+        self._tile(layer, rule, layer.in_tensors, maps[0])
         self._keep(node, self._copy_mapped(node, self._as_tiled), maps[0])
 
     def _per_channel_last(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         """A module with numbers for channels that come last gets all replicas side by side, and numbers for each."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        channels = x.meta["value"].shape[-1]
         if not self._rows_per_sample(x) or len(self._tensors(node)) > 1:
             self._per_replica(node, rule)
             return
-        width = channels * self.beta
-        tensors: list[tuple[str, Recipe]] = [
-            (n, Tile(axis, plain(channels, self.beta).index)) for n, axis in layer.in_tensors.items()
-        ]
-        action = "batch_norm" if layer.role == "batch_norm" else "per_channel"
-        self._edit(layer, rule, action, f"({channels})", f"({width})", tensors, channels=(width, width))
+        self._tile(layer, rule, layer.in_tensors, plain(x.meta["value"].shape[-1], self.beta), layer.role)
         source = self._as_unfolded_last(x)
         new = self._copy_mapped(node, lambda _: source)
         self._keep(node, self._by_rows(rep_layers.fold_last, new, node), Folded())
 
     def _layer_norm(self, node: fx.Node, layer: Layer, rule: Rule, module: nn.LayerNorm) -> None:
         """Over the channels of one replica, wherever they stand; with parameters of its own where that can be said."""
-        size, x = shape_text(tuple(module.normalized_shape)), self._expanded(node)[0]
+        x = self._expanded(node)[0]
         plain_one = type(module) is nn.LayerNorm and module.elementwise_affine and len(module.normalized_shape) == 1
         if plain_one and self._rows_per_sample(x):
-            index = plain(module.normalized_shape[0], self.beta).index
-            tensors: list[tuple[str, Recipe]] = [(n, Tile(0, index)) for n, _ in module.named_parameters()]
-            channels = (len(index), len(index))
-            self._edit(layer, rule, "per_channel", size, f"({len(index)})", tensors, channels=channels)
+            axes = {name: 0 for name, _ in module.named_parameters()}
+            self._tile(layer, rule, axes, plain(module.normalized_shape[0], self.beta))
             samples = self._samples(x)
             new = self._copy_mapped(node, self._as_folded, folded=True)
             new.args = (*new.args, *samples)
@@ -276,9 +273,7 @@ class ModuleWalk(OperatorWalk):
         x = node.args[0]
         assert isinstance(x, fx.Node)
         want = plain(self._map(x).source, self.beta)
-        tensors: list[tuple[str, Recipe]] = [(n, Tile(axis, want.index)) for n, axis in layer.in_tensors.items()]
-        width = len(want.index)
-        self._edit(layer, rule, "per_channel", f"({want.source})", f"({width})", tensors, channels=(width, width))
+        self._tile(layer, rule, layer.in_tensors, want)
         ordered = self._reordered(x, want)
         self._keep(node, self._copy_mapped(node, lambda _: ordered), want)
 

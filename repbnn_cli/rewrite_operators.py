@@ -240,13 +240,14 @@ class OperatorWalk(Walk):
             or (self._made[n].state is not None and n.meta["value"].ndim != value.ndim)
             for n in tensors
         )
-        whole = [n for n in tensors if n.meta["value"].shape[:2] == value.shape[:2] and unfoldable(n, self.network)]
-        if folds and not all(isinstance(self._made[n].state, Folded) and n in whole for n in tensors):
-            per_channel = [n for n in tensors if self._is_per_channel(n, value)]
-            if not per_channel and self._pointwise_last(node):
-                return None
-            if not per_channel:
-                return self._fold(node)
+        unfolds = all(
+            isinstance(self._made[n].state, Folded)
+            and n.meta["value"].shape[:2] == value.shape[:2]
+            and unfoldable(n, self.network)
+            for n in tensors
+        )
+        if folds and not unfolds and not any(self._is_per_channel(n, value) for n in tensors):
+            return None if self._pointwise_last(node) else self._fold(node)
         expanded = self._expanded(node)
         rule = self.rules.get(subject_of(node))
         positional = rule is not None and rule.align == "position"

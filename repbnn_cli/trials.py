@@ -66,7 +66,19 @@ def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor, axis: int = 1
     return not torch.equal(*results)
 
 
-def follows(node: fx.Node, module: nn.Module, axes: Mapping[str, int], axis: int) -> bool:
+def comes_last(node: fx.Node, module: nn.Module, axes: Mapping[str, int]) -> bool:
+    """Whether a module with numbers for channels (tensor → axis) has them along the last axis of more than two."""
+    x = node.all_input_nodes[0].meta["value"]
+    sizes = {fetch(module, name).shape[axis] for name, axis in axes.items()}
+    if not isinstance(x, Tensor) or x.ndim < 3 or sizes != {x.shape[-1]}:
+        return False
+    # As many channels as positions: the numbers belong to the axis whose order they follow.
+    return x.shape[1] != x.shape[-1] or (
+        not _follows(node, module, axes, 1) and _follows(node, module, axes, x.ndim - 1)
+    )
+
+
+def _follows(node: fx.Node, module: nn.Module, axes: Mapping[str, int], axis: int) -> bool:
     """Whether a result follows when its input and the module's tensors (name → axis) are put into another order.
 
     axis: of input and result, along which the order changes.

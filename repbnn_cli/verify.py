@@ -240,7 +240,7 @@ def _identity(plan: Plan, run: Lockstep) -> Check:
     if run.failed:
         text = f"max relative |Δ| = {run.worst:.3g} at {run.worst_node}; fails at {', '.join(run.failed[:3])}"
         edit = run.edits.get(run.failed[0])
-        recipe = edit.layout or edit.tensors[0][1] if edit is not None and edit.action == "select_inputs" else None
+        recipe = edit.way if edit is not None and edit.action == "select_inputs" else None
         if isinstance(recipe, Columns) and recipe.scale != 1.0:
             text += "; where it normalises its kernel, the 1/β of its inputs is lost: `--last-layer 1_over_beta`"
     else:

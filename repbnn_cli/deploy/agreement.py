@@ -31,7 +31,7 @@ from repbnn_cli.deploy.fuse import Fused, FusedBlock
 from repbnn_cli.graph import Network
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
-from repbnn_cli.lockstep import tensors_of
+from repbnn_cli.lockstep import largest, tensors_of
 from repbnn_cli.logits import logits_of
 from repbnn_cli.probe import applying
 from repbnn_cli.tracer import execute
@@ -95,7 +95,7 @@ def compare_modules(
     """
     waiting = iter(inputs)
     values: dict[fx.Node, Any] = {}
-    compared, largest, where = 0, 0.0, ""
+    compared, worst, where = 0, 0.0, ""
     for node in plain.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(waiting)
@@ -111,9 +111,9 @@ def compare_modules(
                 values[node] = execute(plain.module, node, args, kwargs)
             difference = _relative(values[node], given)
             compared += 1
-            if not math.isnan(largest) and not difference <= largest:
-                largest, where = difference, str(node.target)
-    return ModuleAgreement(compared, largest, where)
+            if not math.isnan(worst) and not difference <= worst:
+                worst, where = difference, str(node.target)
+    return ModuleAgreement(compared, worst, where)
 
 
 def _copied(value: Any) -> Any:
@@ -122,8 +122,7 @@ def _copied(value: Any) -> Any:
 
 def _relative(expected: Any, given: Any) -> float:
     pairs = list(zip(tensors_of(expected), tensors_of(given), strict=True))
-    found = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel()]
-    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+    return largest(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel())
 
 
 @torch.no_grad()
