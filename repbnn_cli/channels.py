@@ -78,6 +78,10 @@ class Folded:
 State = Compact | Tiled | Folded | None
 
 
+# Take dtype and device from a tensor, and nothing else.
+NEW_TENSORS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
 def plain(source: int, beta: int) -> Tiled:
     """[A A ... A]: β replicas of `source` channels."""
     return Tiled(tuple(range(source)) * beta, source)

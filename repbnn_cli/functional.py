@@ -6,14 +6,15 @@ were, tensors computed in the graph, so the names in the state dict and the grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from repbnn_cli.probe import CALLED_CONVOLUTIONS
-from repbnn_cli.static import static_nodes
+from repbnn_cli.static import roots, static_nodes
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -21,28 +22,36 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 class ConvolutionCall(nn.Module):
     """One call of `F.conv2d` or its kin: forward(x, kernel, bias) with the stride, padding etc. of that call.
 
-    kind: "conv1d", "conv2d", "conv3d" or "linear"; options: the call's other arguments by name.
+    kind: "conv1d", "conv2d", "conv3d" or "linear"; options: the call's other arguments by name; of: where it is called,
+    and which parameters make its kernel and bias.
     """
 
-    def __init__(self, function: Callable[..., Tensor], kind: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], kind: str, options: Mapping[str, Any], of: tuple[Any, ...] = ()
+    ) -> None:
         super().__init__()
-        self.function, self.kind, self.options = function, kind, dict(options)
+        self.function, self.kind, self.options, self._of = function, kind, dict(options), of
         self.groups = int(self.options.get("groups", 1))
 
     def forward(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.function(x, kernel, bias, **self.options)
 
+    def like(self, other: ConvolutionCall) -> bool:
+        """Whether both are the same call, of one line and with the same arguments."""
+        return (self.kind, self.options, self._of) == (other.kind, other.options, other._of)
+
     def extra_repr(self) -> str:
         return ", ".join([self.kind, *(f"{name}={value}" for name, value in self.options.items())])
 
 
-def as_modules(graph: fx.Graph) -> dict[str, ConvolutionCall]:
-    """Replaces calls whose kernel comes from parameters alone; returns the modules by the path that the graph calls.
+def as_modules(graph: fx.Graph, made: dict[str, ConvolutionCall]) -> None:
+    """Replaces calls whose kernel comes from parameters alone by modules, and adds these to `made`: path → module.
 
-    A kernel that depends on the input (mixed for each sample, say) stays a plain operator.
+    A kernel that depends on the input (mixed for each sample, say) stays a plain operator. `made`: of another graph of
+    the same network, whose modules are taken where they are the same call.
     """
     static = static_nodes(graph)
-    made: dict[str, ConvolutionCall] = {}
+    called: set[str] = set()
     for node in list(graph.nodes):
         kind = CALLED_CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
         given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs) if kind else {}
@@ -52,22 +61,26 @@ def as_modules(graph: fx.Graph) -> dict[str, ConvolutionCall]:
             continue
         if _holds_node(list(given.values())):
             continue
-        path = _free_path(node.meta.get("path", ""), kind, made)
-        made[path] = ConvolutionCall(node.target if kind != "linear" else F.linear, kind, given)
+        of = (node.meta.get("where"), tuple(str(n.target) for n in (*roots(kernel), *(roots(bias) if bias else ()))))
+        call = ConvolutionCall(node.target if kind != "linear" else F.linear, kind, given, of)
+        path = _path(node.meta.get("path", ""), call, made, called)
+        called.add(path)
         with graph.inserting_before(node):
             new = graph.call_module(path, tuple(operands[:2] if bias is None else operands))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    return made
 
 
-def _free_path(owner: str, kind: str, taken: Mapping[str, Any]) -> str:
-    base = f"{owner}.{kind}_call" if owner else f"{kind}_call"
-    path, n = base, 1
-    while path in taken:
-        path, n = f"{base}_{n}", n + 1
-    return path
+def _path(owner: str, call: ConvolutionCall, made: dict[str, ConvolutionCall], called: Container[str]) -> str:
+    """Where the module of a call is: where the same one is, that this graph has not called yet, or in a free place."""
+    base = f"{owner}.{call.kind}_call" if owner else f"{call.kind}_call"
+    for n in itertools.count():
+        path = f"{base}_{n}" if n else base
+        other = made.setdefault(path, call)
+        if other is call or (path not in called and other.like(call)):
+            return path
+    raise AssertionError("there are paths without end")
 
 
 def _holds_node(value: Any) -> bool:

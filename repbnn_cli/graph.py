@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
-from repbnn_cli.functional import as_modules
-from repbnn_cli.modes import join
+from repbnn_cli.functional import ConvolutionCall, as_modules
 from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable, place_of
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
@@ -43,12 +43,15 @@ class Network:
     example: the input shapes of the capture, batch included.
     notes: decisions that the example froze, in the user's terms.
     attempts: how the capture was tried, in this order, each with what came of it.
+    in_training: the same modules and tensors with the graph of training mode, where a branch on `self.training` makes
+        it another one; `module` runs the graph of the mode that it is in.
     """
 
     module: fx.GraphModule
     example: tuple[tuple[int, ...], ...]
     notes: list[str] = field(default_factory=list)
     attempts: tuple[str, ...] = ()
+    in_training: Network | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -159,10 +162,14 @@ def capture(
                 whole.append(error.module)
         attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
         traced = looked_into(traced)
-    calls = as_modules(traced.graph)
-    module = assemble(model, traced, calls)
+    module = assemble(model, traced)
     notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]
-    return Network(module, tuple(tuple(e.shape) for e in examples), notes, tuple(attempts))
+    shapes = tuple(tuple(e.shape) for e in examples)
+    in_training = None
+    if traced.in_training is not None and module.in_training is not None:
+        notes += [note for note in traced.in_training.tracer.notes if note not in notes]
+        in_training = Network(module.in_training, shapes)
+    return Network(module, shapes, notes, tuple(attempts), in_training)
 
 
 def random_inputs(model: nn.Module, shapes: Iterable[Sequence[int]], *, seed: int) -> list[Tensor]:
@@ -218,9 +225,12 @@ def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: Tracin
 
 @dataclass(frozen=True)
 class _Traced:
+    """in_training: of training mode, where that gives another graph."""
+
     tracer: Tracer
     graph: fx.Graph
     constants: dict[str, Tensor]
+    in_training: _Traced | None = None
 
 
 def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False) -> _Traced:
@@ -245,66 +255,108 @@ def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, sha
 
 
 def _in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool) -> _Traced:
+    """A graph holds one branch of `if self.training`; where the modes take different ones there are two."""
     traced = _trace(model, examples, policy, shapes_only)
     if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
         # it decides on values, or what it applies has to be looked at; zeros are not the network's
         traced = _trace(model, examples, policy)
-    return _for_both_modes(model, examples, policy, traced) if traced.tracer.mode_branches else traced
-
-
-def _for_both_modes(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, traced: _Traced) -> _Traced:
-    """A graph holds one branch of `if self.training`; right when the other one gives the same graph, or only writes."""
+    if not traced.tracer.mode_branches:
+        return traced
     training = model.training
     with unchanged(model):
         model.train(not training)
-        other = _trace(model, examples, leaf)
-    if str(other.graph) == str(traced.graph) or join(traced.graph, other.graph, training=training):
-        return traced
-    if join(other.graph, traced.graph, training=not training):
-        return other
-    raise CaptureError(
-        f"{traced.tracer.mode_branches[0]}: the branch on `self.training` does different things in train and eval "
-        "mode, and a graph holds only one; move it into a module of its own, or keep the enclosing module whole "
-        "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
-    )
+        other = _trace(model, examples, policy)
+    evaluated, trained = (other, traced) if training else (traced, other)
+    if trained.tracer.drawn:
+        raise CaptureError(
+            f"{trained.tracer.drawn[0]}: before this line a random number is drawn in training mode that no graph "
+            "holds, and what follows from it would stay as it fell; draw it for a size of the input "
+            "(`torch.rand(x.shape[0], 1, 1, 1)`), or move it into a module of its own"
+        )
+    return traced if str(evaluated.graph) == str(trained.graph) else replace(evaluated, in_training=trained)
 
 
-def assemble(model: nn.Module, traced: _Traced, added: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """A GraphModule over the model's whole module tree: same names in the same order, called or not.
-
-    added: path → module without tensors that the graph calls besides.
-    """
-    tree = _skeleton(model, "", traced.tracer)
-    for path, module in added.items():
+def assemble(model: nn.Module, traced: _Traced) -> KeptGraphModule:
+    """A GraphModule over the model's whole module tree: same names in the same order, called or not."""
+    both = [traced, *filter(None, [traced.in_training])]
+    called = {path for t in both for path in t.tracer.leaf_paths}
+    entered = {path for t in both for path in t.tracer.entered_paths}
+    tree = _skeleton(model, "", called, entered)
+    calls: dict[str, ConvolutionCall] = {}
+    for one in both:
+        as_modules(one.graph, calls)
+        constants = _own_constants(one) if one is traced.in_training else one.constants
+        for name, value in constants.items():
+            tree.register_buffer(name, value, persistent=False)
+    for path, module in calls.items():  # without tensors
         owner, _, name = path.rpartition(".")
         tree.get_submodule(owner).add_module(name, module)
-    for name, value in traced.constants.items():
-        tree.register_buffer(name, value, persistent=False)
-    return KeptGraphModule(tree, traced.graph, class_name=type(model).__name__)
+    in_training = traced.in_training.graph if traced.in_training else None
+    return KeptGraphModule(tree, traced.graph, class_name=type(model).__name__, in_training=in_training)
+
+
+def _own_constants(traced: _Traced) -> dict[str, Tensor]:
+    """The constants of the second of two graphs, under names that the first one's do not have."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target in traced.constants:
+            node.target = f"{node.target}_in_training"
+    return {f"{name}_in_training": value for name, value in traced.constants.items()}
 
 
 class KeptGraphModule(fx.GraphModule):
-    """GraphModule that keeps modules and tensors which its graph does not mention."""
+    """GraphModule that keeps modules and tensors which its graph does not mention.
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+    in_training: another graph over the same modules, which the forward follows in training mode; the attribute is a
+    module of that graph alone, None without one.
+    """
+
+    in_training: KeptGraphModule | None
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule", in_training: fx.Graph | None = None
+    ) -> None:
         super().__init__(root, graph, class_name=class_name)
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        for kind in _TREE:
             self.__dict__[kind] = root.__dict__[kind]
-        self.training = root.training
+        # Beside the module tree: its parts are those of this module.
+        self.__dict__["in_training"] = KeptGraphModule(self, in_training, class_name) if in_training else None
+        self.recompile()
+
+    def recompile(self) -> PythonCode:
+        code = super().recompile()
+        other = self.__dict__.get("in_training")
+        if other is not None:
+            own, in_training = type(self).forward, type(other).forward
+
+            def forward(self: KeptGraphModule, *args: Any) -> Any:
+                return (in_training if self.training else own)(self, *args)
+
+            type(self).forward = forward
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptGraphModule:
         tree = nn.Module()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        for kind in (*_TREE, "training"):
             tree.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
         name = str(self._get_name())  # type: ignore[no-untyped-call]
-        copied = KeptGraphModule(tree, copy.deepcopy(self.graph, memo), class_name=name)
-        for old, new in zip(self.graph.nodes, copied.graph.nodes, strict=True):
-            new.meta = dict(old.meta)
-        memo[id(self)] = copied
+        graphs = [copied_graph(module.graph, memo) for module in (self, self.in_training) if module is not None]
+        memo[id(self)] = copied = KeptGraphModule(tree, graphs[0], name, *graphs[1:])
         return copied
 
 
-def _skeleton(module: nn.Module, path: str, tracer: Tracer) -> nn.Module:
+_TREE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+def copied_graph(graph: fx.Graph, memo: dict[int, Any] | None = None) -> fx.Graph:
+    """A copy whose nodes carry what is known of them."""
+    copied: fx.Graph = copy.deepcopy(graph, memo)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return copied
+
+
+def _skeleton(module: nn.Module, path: str, called: Set[str], entered: Set[str]) -> nn.Module:
+    """The module tree without the code of the modules that were traced into; those that are called stay as they are."""
     bare = nn.Module()
     bare.training = module.training
     bare.__dict__["_parameters"] = dict(module._parameters)
@@ -315,11 +367,11 @@ def _skeleton(module: nn.Module, path: str, tracer: Tracer) -> nn.Module:
             bare.register_buffer(name, value, persistent=False)
     for name, child in module._modules.items():
         below = f"{path}.{name}" if path else name
-        never_called = below not in tracer.leaf_paths and below not in tracer.entered_paths
-        if child is None or below in tracer.leaf_paths or (never_called and is_leaf(child)):
+        never_called = below not in called and below not in entered
+        if child is None or below in called or (never_called and is_leaf(child)):
             bare._modules[name] = child
         else:
-            bare._modules[name] = _skeleton(child, below, tracer)
+            bare._modules[name] = _skeleton(child, below, called, entered)
     return bare
 
 

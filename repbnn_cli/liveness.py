@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.counting import name_of, names
 from repbnn_cli.graph import Network
-from repbnn_cli.modes import is_write
 from repbnn_cli.positions import holds_tensor
+from repbnn_cli.proxies import is_write
 from repbnn_cli.rep_layers import ChannelSelect
 from repbnn_cli.tracer import fetch
 

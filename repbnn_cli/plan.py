@@ -75,7 +75,10 @@ class Step:
 
 @dataclass
 class Plan:
-    """Everything `apply` needs. `steps`: source node name → Step; `added`: path → helper layer that the graph calls."""
+    """Everything `apply` needs. `steps`: source node name → Step; `added`: path → helper layer that the graph calls.
+
+    in_training: graph and steps of training mode, where the network has another graph then; all else is the same there.
+    """
 
     network: Network
     layers: Mapping[str, Layer]
@@ -85,6 +88,7 @@ class Plan:
     added: dict[str, nn.Module]
     steps: dict[str, Step]
     notes: list[str] = field(default_factory=list)
+    in_training: Plan | None = None
 
     @property
     def beta(self) -> int:

@@ -361,7 +361,7 @@ class _Walk:
                 f"binary ones without a learned scale are packed with one per filter ({some(foreign)})."
             )
         if self._never_called:
-            yield f"Never called, so neither counted nor deployed: {some(self._never_called)}."
+            yield f"Not called in eval mode, so neither counted nor deployed: {some(self._never_called)}."
 
     def _is_foreign_conv(self, path: str, module: Any) -> bool:
         layer = self.layers.get(path)

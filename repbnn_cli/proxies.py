@@ -27,6 +27,21 @@ def set_data(tensor: Tensor, value: Tensor) -> Tensor:
     return tensor
 
 
+def is_write(node: fx.Node) -> bool:
+    """Whether a node changes one of its operands: `x.clamp_()`, `x[i] = v`, `x.data = v`, `x += v`, F.relu_(x)."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        if node.target in (set_data, operator.setitem):
+            return True
+        name = getattr(node.target, "__name__", "")
+        if name in INPLACE:
+            return True
+    else:
+        return False
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows what the example input makes of it."""
 

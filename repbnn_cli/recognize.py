@@ -89,8 +89,14 @@ def type_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def recognize(network: Network, declare: Declare | None = None) -> dict[str, Layer]:
-    """Module path → Layer, for every module that the graph calls, in order of the first call."""
-    layers: dict[str, Layer] = {}
+    """Module path → Layer, for every module that the graph calls, in order of the first call; then for those that it
+    calls in training mode alone."""
+    layers = _recognized(network, declare, {})
+    return _recognized(network.in_training, declare, layers) if network.in_training else layers
+
+
+def _recognized(network: Network, declare: Declare | None, known: Mapping[str, Layer]) -> dict[str, Layer]:
+    layers = dict(known)
     static = static_nodes(network.graph)  # what computes a kernel is no layer
     for node in network.graph.nodes:
         if node.op == "call_module" and node.target not in layers and node not in static:

@@ -14,10 +14,9 @@ from torch import fx
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Compact, Tiled, makes_container, operator_name
 from repbnn_cli.inherit import Tile
-from repbnn_cli.modes import is_write
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
-from repbnn_cli.proxies import set_data
+from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
@@ -125,7 +124,7 @@ class Rewriter(ModuleWalk):
             calls = [n for n in self.graph.nodes if n.op == "call_module" and edit and n.target == edit.path]
             if not isinstance(x, fx.Node) or edit is None or edit.action != "rep_conv":
                 continue
-            if len(x.users) != 1 or len(calls) != 1:
+            if len(x.users) != 1 or len(calls) != 1 or edit.path in self._apart:
                 continue
             self.edits[edit.path] = replace(edit, repeats=helper.repeats)
             for name, step in self.steps.items():

@@ -130,8 +130,10 @@ class RuleSet:
         except RulesError as error:  # a flag has no file and line
             raise RulesError(str(error).replace("options:1 ", "")) from None
 
-    def assign(self, subjects: Sequence[Subject]) -> dict[str, Rule]:
+    def assign(self, subjects: Sequence[Subject], elsewhere: Sequence[Subject] = ()) -> dict[str, Rule]:
         """Path → the rule that claims it; a subject that no rule covers is absent.
+
+        elsewhere: what a rule that covers none of these may have been written for.
 
         The most specific selector wins: path, then type, then role and position; between equals, the one that is not
         optional. Raises RulesError when two rules are equal, when a rule that is not optional covers nothing, and
@@ -139,7 +141,7 @@ class RuleSet:
         """
         claims: dict[str, Rule] = {}
         errors: dict[tuple[str, str], list[str]] = {}  # text before and after the paths → the paths
-        covering: set[str] = set()
+        covering = {rule.name for rule in self.rules if any(rule.covers(s) for s in elsewhere)}
         for subject in subjects:
             candidates = [rule for rule in self.rules if rule.covers(subject)]
             if not candidates:

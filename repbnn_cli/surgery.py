@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,24 +47,62 @@ def plan(network: Network, rules: RuleSet) -> Plan:
 
 def _plan(network: Network, rules: RuleSet) -> Plan:
     layers = recognize(network, rules.declare)
+    trained = network.in_training
     if rules.options.beta == 1:  # the identity: nothing is repeated, so nothing is touched
-        steps = {n.name: Step(n.name, None) for n in network.graph.nodes if n.op != "output"}
-        return Plan(network, layers, rules, copy.deepcopy(network.graph), (), {}, steps)
-    assigned = rules.assign(subjects(network, layers))
-    options = rules.options
-    walk = Rewriter(
-        network, layers, assigned, beta=options.beta, inherit=options.inherit, last_layer=options.last_layer
-    )
-    walk.run()
-    edits = tuple(walk.edits.values())
+        same = _identity(trained, layers, rules) if trained else None
+        return replace(_identity(network, layers, rules), in_training=same)
+    walk, *others = _walks(network, layers, rules)
+    edits, added, notes, in_training = walk.edits, walk.added, walk.notes, None
+    if trained is not None:
+        (other,) = others
+        edits, added = _merged(edits, other.edits), {**added, **other.added}
+        notes += [f"in training mode, {note}" for note in other.notes if note not in notes]
+        in_training = Plan(trained, layers, rules, other.graph, tuple(edits.values()), added, other.steps)
     if not edits:
         raise SurgeryError(
             "the rules change nothing: no first layer was found whose output is repeated; "
             f"check the rule with `apply: repeat_output` in {rules.source}"
         )
-    return Plan(
-        network, layers, rules, walk.graph, edits, walk.added, walk.steps, [*walk.notes, *hints(network, layers)]
-    )
+    notes += hints(network, layers)
+    return Plan(network, layers, rules, walk.graph, tuple(edits.values()), added, walk.steps, notes, in_training)
+
+
+def _identity(network: Network, layers: dict[str, Layer], rules: RuleSet) -> Plan:
+    steps = {n.name: Step(n.name, None) for n in network.graph.nodes if n.op != "output"}
+    return Plan(network, layers, rules, copy.deepcopy(network.graph), (), {}, steps)
+
+
+def _walks(network: Network, layers: dict[str, Layer], rules: RuleSet, apart: Collection[str] = ()) -> list[Rewriter]:
+    """A walk over each of the network's graphs: of eval mode, of training mode where that is another one."""
+    networks = [n for n in (network, network.in_training) if n is not None]
+    found = [subjects(n, layers) for n in networks]
+    options, taken = rules.options, set[str]()
+    walks: list[Rewriter] = []
+    for one, own in zip(networks, found, strict=True):
+        assigned = rules.assign(own, [subject for other in found if other is not own for subject in other])
+        walk = Rewriter(
+            one, layers, assigned, beta=options.beta, inherit=options.inherit, last_layer=options.last_layer,
+            taken=taken, apart=apart,
+        )  # fmt: skip
+        walk.run()
+        taken |= set(walk.added)
+        walks.append(walk)
+    repeats = [{path: edit.repeats for path, edit in walk.edits.items()} for walk in walks]
+    unlike = {path for path, n in repeats[0].items() if repeats[-1].get(path, n) != n}
+    return _walks(network, layers, rules, unlike) if unlike - set(apart) else walks
+
+
+def _merged(edits: dict[str, ModuleEdit], others: dict[str, ModuleEdit]) -> dict[str, ModuleEdit]:
+    """The edits of both modes. Raises SurgeryError where one module would be made two things."""
+    for path, other in others.items():
+        edit = edits.get(path, other)
+        same = replace(other, part=edit.part, rule=edit.rule, where=edit.where)
+        if same != edit:
+            raise SurgeryError(
+                f"{path}: carries other channels in training mode ({other.action}, {other.after}) than in eval mode "
+                f"({edit.action}, {edit.after}); give each mode a module of its own"
+            )
+    return {**others, **edits}
 
 
 def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
@@ -88,7 +127,7 @@ def subjects(network: Network, layers: dict[str, Layer]) -> list[Subject]:
 
 def apply(
     plan: Plan, state: Mapping[str, Tensor] | None = None, *, fresh: Mapping[str, Tensor] | None = None, seed: int = 0
-) -> fx.GraphModule:
+) -> KeptGraphModule:
     """The Rep network, as a new module; the captured one keeps its tensors.
 
     dtype, device, mode and requires_grad of everything are those of the source. Tied parameters stay tied where they
@@ -100,7 +139,7 @@ def apply(
         return _apply(plan, state, _Start(plan, fresh or {}, seed) if state is None else None)
 
 
-def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None) -> fx.GraphModule:
+def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None) -> KeptGraphModule:
     source = plan.network.module
     edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
@@ -119,8 +158,8 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
         fetch(tree, parent).add_module(name, helper)
         helper.train(source.training)
-    result = KeptGraphModule(tree, copy.deepcopy(plan.graph), class_name=f"Rep{source._get_name()}")
-    result.recompile()
+    graphs = [copy.deepcopy(p.graph) for p in (plan, plan.in_training) if p is not None]
+    result = KeptGraphModule(tree, graphs[0], f"Rep{source._get_name()}", *graphs[1:])
     result.graph.lint()
     if state is not None:
         result.load_state_dict(dict(state), assign=True)
@@ -287,7 +326,7 @@ def _fit_numbers(module: nn.Module, edit: ModuleEdit, layer: Layer, network: Net
 
 def _trial(module: nn.Module, edit: ModuleEdit, network: Network, *, axis: int) -> Callable[[], str | None]:
     """Runs the resized module on a random input; None when it gives the planned channels, along `axis`."""
-    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == edit.path)
+    node = _call_of(edit.path, network)
     assert edit.channels is not None
     into, out = edit.channels
     like = next(iter(module.parameters()), torch.zeros(()))
@@ -314,13 +353,19 @@ def _trial(module: nn.Module, edit: ModuleEdit, network: Network, *, axis: int) 
     return run
 
 
+def _call_of(path: str, network: Network) -> fx.Node:
+    graphs = [n.graph for n in (network, network.in_training) if n is not None]
+    nodes: Iterable[fx.Node] = itertools.chain(*(graph.nodes for graph in graphs))
+    return next(n for n in nodes if n.op == "call_module" and n.target == path)
+
+
 def _number_choices(
     module: nn.Module, layer: Layer, edit: ModuleEdit, network: Network
 ) -> Iterator[list[tuple[nn.Module, str, int]]]:
     """Ways to give plain ints of the old channel numbers their new values, fewest changes first."""
     assert edit.channels is not None
     into, out = edit.channels
-    node = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == edit.path)
+    node = _call_of(edit.path, network)
     old_in = layer.in_channels if layer.kernel_shape else node.all_input_nodes[0].meta["value"].shape[1]
     old_out = layer.out_channels if layer.kernel_shape else old_in
     options: list[list[tuple[nn.Module, str, int]]] = []

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import inspect
 import operator
+import random
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -146,6 +147,8 @@ class Tracer(fx.Tracer):
         self.entered_paths: set[str] = set()
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
+        self.drawn: list[str] = []  # where a forward drew random numbers that no node draws
+        self._random = _random_states()
         self.convolution_calls = False
         self._fixed: set[fx.Node] = set()  # what depends on parameters and buffers alone
         self._evaluating = False
@@ -186,6 +189,8 @@ class Tracer(fx.Tracer):
             product = products.find(target, args, kwargs, self.values, self._fixed)
             if product is not None:
                 return self._layer(product)
+        if _random_states() != self._random:
+            self.drawn.append(user_line())
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         inputs = node.all_input_nodes
         held = kind == "get_attr" and not str(node.target).startswith("_tensor_constant")
@@ -193,6 +198,7 @@ class Tracer(fx.Tracer):
             self._fixed.add(node)
         node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
+        self._random = _random_states()
         node.meta["value"] = on_meta(value)
         multiplied = [self.values[n] for n in products.factors(node)]
         if len(multiplied) == 2 and all(isinstance(v, Tensor) for v in multiplied) and not self.shapes_only:
@@ -352,6 +358,12 @@ class Tracer(fx.Tracer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small helpers
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of the generators that a forward may draw from."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpy["key"].tobytes(), numpy["pos"]
 
 
 def known_shape(module: nn.Module, args: Any) -> Tensor | None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from repbnn_cli.cpu_only import running
-from repbnn_cli.graph import random_inputs, unchanged
+from repbnn_cli.graph import KeptGraphModule, random_inputs, unchanged
 from repbnn_cli.inherit import Columns, Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
@@ -48,7 +48,7 @@ class Certificate:
 
 
 def verify(
-    model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None = None
+    model: nn.Module, plan: Plan, rep: KeptGraphModule, *, gradients: bool, batch: int | None = None
 ) -> Certificate:
     """Runs all checks on random input; `model` is the source network, `rep` what `surgery.apply` gave for `plan`.
 
@@ -59,7 +59,7 @@ def verify(
         return _verify(model, plan, rep, gradients=gradients, batch=batch)
 
 
-def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: bool, batch: int | None) -> Certificate:
+def _verify(model: nn.Module, plan: Plan, rep: KeptGraphModule, *, gradients: bool, batch: int | None) -> Certificate:
     network = plan.network
 
     def random(samples: int) -> list[Tensor]:
@@ -69,13 +69,14 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
     if gradients and batch is None and _runs(model, more := random(network.batch + 1)):
         inputs = more  # what a forward knows of its batch would go unnoticed with the one of the capture
     run = Lockstep(plan, rep, foreign=gradients)
+    views = [plan.in_training.network.module, rep.in_training] if plan.in_training and rep.in_training else []
     # Only foreign code can change tensors while it runs; copying all of a large network's weights to be safe costs.
     guard = contextlib.ExitStack()
     if gradients:
         guard.enter_context(unchanged(model))
         guard.enter_context(unchanged(rep))
     carried = _carried(plan, rep)
-    with guard, _evaluating(model, network.module, rep), torch.no_grad():
+    with guard, _evaluating(model, network.module, rep, *views), torch.no_grad():
         captured = _captured(model, network.module, inputs, network.batch) if gradients else None
         if captured is not None and captured.values["max_abs"] is None:  # its graph does not run on these
             return Certificate((captured, carried))
@@ -88,10 +89,15 @@ def _verify(model: nn.Module, plan: Plan, rep: fx.GraphModule, *, gradients: boo
         if captured is None:
             same = _same(run.delta)
             captured = _captured(model, network.module, inputs, network.batch) if run.partial or run.unseen else same
-        checks = [captured, carried, _shapes(outputs, run.given), _costs(plan, rep, run), _identity(plan, run)]
+        checks = [captured, carried, _shapes(outputs, run.given), _identity(plan, run)]
         if run.failed and _draws(network.module, inputs):
             text = f"{checks[-1].summary}; the network draws random numbers in eval mode: make it deterministic there"
             checks[-1] = replace(checks[-1], summary=text)
+        runs = [run]
+        if plan.in_training is not None and rep.in_training is not None:
+            runs.append(Lockstep(plan.in_training, rep.in_training, foreign=True, drawing=True))
+            checks.append(_in_training(runs[-1], model, inputs))
+        checks.insert(3, _costs(plan, rep, runs))
     if gradients:
         with _evaluating(model, network.module):
             checks.insert(1, _training(model, network.module, inputs))
@@ -190,8 +196,9 @@ def _shapes(outputs: tuple[Any, Any], given: Any) -> Check:
     return Check("output shapes", rep == expected, text, {"source": source, "rep": rep})
 
 
-def _costs(plan: Plan, rep: nn.Module, run: Lockstep) -> Check:
-    """Weights and MACs of every RepConv against the convolution it came from."""
+def _costs(plan: Plan, rep: nn.Module, runs: list[Lockstep]) -> Check:
+    """Weights and MACs of every RepConv against the convolution it came from; runs: of eval mode, and of training mode
+    where that has layers of its own."""
     weights = [0, 0]
     macs = [0, 0]
     grown = [e.path for e in plan.edits if e.action in ("depthwise", "per_replica")]
@@ -200,6 +207,7 @@ def _costs(plan: Plan, rep: nn.Module, run: Lockstep) -> Check:
             continue
         layer = plan.layers[edit.path]
         before = torch.Size(layer.kernel_shape).numel()
+        run = next((run for run in runs if edit.path in run.positions), runs[0])
         after = run.weights.get(edit.path, 0) if layer.called else fetch(rep, f"{edit.path}.{layer.kernel}").numel()
         sites = run.positions.get(edit.path, (0, 0))
         weights[0] += before
@@ -253,6 +261,19 @@ def _identity(plan: Plan, run: Lockstep) -> Check:
     values = {"max_relative": _finite(run.worst), "worst": run.worst_node, "tensors": run.compared,
               "by_position": left_out, "failed": run.failed, "unseen": run.unseen}  # fmt: skip
     return Check("merged-kernel identity", not run.failed, text, values)
+
+
+def _in_training(run: Lockstep, model: nn.Module, inputs: list[Tensor]) -> Check:
+    """The same of the graph of training mode, with its layers in eval mode: what they draw would not be comparable."""
+    name = "identity in training mode"
+    with torch.random.fork_rng(devices=[]):
+        try:
+            outputs = run.run(model, inputs)
+        except StuckError as error:
+            return Check(name, False, f"does not run at {error.place} ({error})", {"failed": [error.place]})
+    identity, shapes = _identity(run.plan, run), _shapes(outputs, run.given)
+    passed = identity.passed and shapes.passed
+    return Check(name, passed, f"{identity.summary}; outputs {shapes.summary}", {**identity.values, **shapes.values})
 
 
 def _draws(network: nn.Module, inputs: list[Tensor]) -> bool:

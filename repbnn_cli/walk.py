@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, Folded, State, Tiled, operator_name, permutation, plain
+from repbnn_cli.channels import NEW_TENSORS, Compact, Folded, State, Tiled, operator_name, permutation, plain
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Recipe
-from repbnn_cli.modes import is_write, only_when
 from repbnn_cli.plan import ModuleEdit, Step
 from repbnn_cli.positions import holds_tensor
-from repbnn_cli.proxies import set_data
+from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.samples import rows_per_sample
 from repbnn_cli.static import static_nodes
 
 # Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
-GIVE_NOTHING = (operator.setitem, set_data, only_when)
+GIVE_NOTHING = (operator.setitem, set_data)
 
 
 @dataclass
@@ -54,7 +53,12 @@ class Walk:
         beta: int,
         inherit: str,
         last_layer: str,
+        taken: Collection[str] = (),
+        apart: Collection[str] = (),
     ) -> None:
+        """taken: paths of helper layers that another graph of the network calls; apart: of convolutions that do not
+        repeat by themselves, because they do not in that graph."""
+        self._taken, self._apart = taken, apart
         self.network, self.layers, self.rules = network, layers, rules
         self.beta, self.inherit, self.last_layer = beta, inherit, last_layer
         self.graph = fx.Graph()
@@ -91,6 +95,9 @@ class Walk:
         return self._copy(node, args, kwargs)
 
     def _expanded(self, node: fx.Node) -> list[fx.Node]:
+        """The operands that carry replicas into what a node gives."""
+        if operator_name(node) in NEW_TENSORS:
+            return []
         return [n for n in self._tensors(node) if self._made[n].state is not None]
 
     @staticmethod
@@ -200,7 +207,7 @@ class Walk:
 
     def _add(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
         path = name
-        while path in self.added or hasattr(self.network.module, path):
+        while path in self.added or path in self._taken or hasattr(self.network.module, path):
             path += "_"
         self.added[path] = module
         return self.graph.call_module(path, (x,))

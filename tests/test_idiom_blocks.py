@@ -258,11 +258,6 @@ def test_a_gate_too_narrow_to_divide_is_applied_to_each_copy_by_a_rule() -> None
     assert [e.path for e in plan.edits if e.action == "per_replica"] == ["se.0", "se.2"]
 
 
-class ModeBranch(Blocks):
-    def body(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)) if self.training else self.bn(self.conv(x)) + x
-
-
 class FunctionalNorm(Blocks):
     def setup(self) -> None:
         self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
@@ -325,7 +320,6 @@ class Reused(Blocks):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (ModeBranch, ["test_idiom_blocks.py:", "self.training", "module of its own"]),
         (BatchInFunction, ["test_idiom_blocks.py:", "mixes channels in a way that is not known"]),
     ],
 )

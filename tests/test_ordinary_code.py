@@ -21,7 +21,7 @@ from repbnn_cli.channels import Tiled
 from repbnn_cli.deploy import agreement
 from repbnn_cli.errors import CheckpointError, SurgeryError
 from repbnn_cli.lockstep import difference
-from repbnn_cli.modes import is_write
+from repbnn_cli.proxies import is_write
 from repbnn_cli.verify import Certificate, _training, verify
 
 

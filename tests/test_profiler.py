@@ -399,7 +399,7 @@ def test_reused_tied_and_uncalled_modules() -> None:
     ]
     assert layer(profile, "never", 0).packed == 0
     assert layer(profile, "never", 0).latent == 4 * (4 * 4 * 9 + 4)
-    assert any("Never called" in note and "never" in note for note in profile.notes)
+    assert any("Not called" in note and "never" in note for note in profile.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

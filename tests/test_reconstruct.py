@@ -9,12 +9,13 @@ import pytest
 import torch
 from networks import Residual, randomize, transformed
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from train_examples import tiny
 
 import repbnn_cli
-from repbnn_cli import binary_conv, zoo
+from repbnn_cli import binary_conv, rep_layers, zoo
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Tiled
+from repbnn_cli.channels import Folded, Tiled, plain
 from repbnn_cli.cli import run
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.plan import Plan
@@ -80,9 +81,19 @@ def values_at(network: fx.GraphModule, name: str, given: list[Tensor]) -> Tensor
         return torch.cat([fx.GraphModule(network, part)(x) for x in given])
 
 
-def test_the_targets_of_replicas_may_be_apart() -> None:
+class Padded(Residual):
+    """The second block widens by zeros, which come to every replica among the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        x = self.bn2(self.conv2(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1) + x.amax((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Residual, Padded])
+def test_the_targets_of_replicas_may_be_apart(kind: type[nn.Module]) -> None:
     """In the mean, one replica half a standard deviation below the source's values and one above."""
-    model, given = randomize(Residual()), batches(4, 32)
+    model, given = randomize(kind()), batches(4, 32)
     with estimating([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]), torch.no_grad():
         for x in given:
             model(x)
@@ -91,14 +102,18 @@ def test_the_targets_of_replicas_may_be_apart() -> None:
         assert isinstance(rep, fx.GraphModule)
         reconstruct.reconstruct(plan, rep, given, steps=0, spread=spread)
         step = plan.steps["add"]
-        assert isinstance(step.state, Tiled)
         source = plan.network.module
         assert isinstance(source, fx.GraphModule)
-        theirs = values_at(source, "add", given)[:, list(step.state.index)]
-        off = (values_at(rep, step.node, given) - theirs).mean((0, 2, 3)) / theirs.std((0, 2, 3))
+        theirs, ours = values_at(source, "add", given), values_at(rep, step.node, given)
+        assert isinstance(step.state, Folded if kind is Padded else Tiled)
+        state = step.state if isinstance(step.state, Tiled) else plain(theirs.shape[1], 2)
+        if isinstance(step.state, Folded):
+            ours = rep_layers.unfold(ours, 2)
+        theirs = theirs[:, list(state.index)]
+        off = (ours - theirs).mean((0, 2, 3)) / theirs.std((0, 2, 3))
         for replica, side in enumerate((-spread, spread)):
-            channels = [c for c, q in enumerate(step.state.replica) if q == replica]
-            torch.testing.assert_close(off[channels], torch.full((8,), side), rtol=0, atol=0.1)
+            channels = [c for c, q in enumerate(state.replica) if q == replica]
+            torch.testing.assert_close(off[channels], torch.full((len(channels),), side), rtol=0, atol=0.1)
 
 
 def test_a_fit_that_is_not_finite_is_an_error() -> None:

@@ -15,6 +15,7 @@ from repbnn_cli import verify as checks
 from repbnn_cli.commands import targets
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
+from repbnn_cli.graph import KeptGraphModule
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import RuleSet
@@ -89,7 +90,7 @@ def _new_tensors(src: Source, plan: Plan, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def certify(src: Source, plan: Plan, rep: torch.fx.GraphModule, *, mode: str) -> Certificate:
+def certify(src: Source, plan: Plan, rep: KeptGraphModule, *, mode: str) -> Certificate:
     """All checks; one sample is enough where images are large and no layer is foreign."""
     full = mode == "full" or (mode == "auto" and not src.trusted)
     large = torch.Size(src.origin.input_shape[0]).numel() > 50_000

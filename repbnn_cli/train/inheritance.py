@@ -94,8 +94,8 @@ class Preparation:
         left = [path for path in made if path not in fitted]
         if left and self.on_note is not None:
             self.on_note(
-                f"{len(left)} of {len(made)} layers keep what they inherited ({some(left)}): called as functions or "
-                "several times, or behind them nothing that the source has a value for"
+                f"{len(left)} of {len(made)} layers keep what they inherited ({some(left)}): called as functions, "
+                "several times or in training alone, or behind them nothing that the source has a value for"
             )
 
 

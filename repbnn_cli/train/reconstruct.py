@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Folded, Tiled
+from repbnn_cli.channels import Folded, State, Tiled, plain
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.lockstep import last_uses
@@ -150,7 +150,7 @@ class _Fitting:
         outer = {n for member in unit for n in member.all_input_nodes if n not in unit and n.op != "get_attr"}
         for node in outer:
             self._available(node)
-        wanted = self._apart(unit[-1], self._wanted(unit[-1]))
+        wanted = self._apart(unit, self._wanted(unit))
         modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
         norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
@@ -219,11 +219,22 @@ class _Fitting:
             return unfoldable(twin, self.source)
         return step.state is None or isinstance(step.state, Tiled)
 
-    def _wanted(self, end: fx.Node, first: int | None = None) -> list[Tensor]:
-        """The source's values at a node, with the channels that the Rep network has there; first: batches only."""
-        twin = self.twin[end.name]
+    def _state(self, unit: list[fx.Node]) -> State:
+        """The unit's last value as `_end` gives it: replicas among the samples are channels again, unless these come
+        last."""
+        twin = self.twin[unit[-1].name]
         state = self.plan.steps[twin.name].state
-        found: list[Tensor] = self._target(twin)[:first]
+        if isinstance(state, Folded) and not self.plan.layers[str(unit[0].target)].last_axis:
+            return plain(twin.meta["value"].shape[1], self.plan.beta)
+        return state
+
+    def _wanted(self, unit: list[fx.Node], first: int | None = None) -> list[Tensor]:
+        """The source's values at the unit's end, with the channels that the Rep network has there.
+
+        first: so many batches only.
+        """
+        state = self._state(unit)
+        found: list[Tensor] = self._target(self.twin[unit[-1].name])[:first]
         if isinstance(state, Folded):
             return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
         if not isinstance(state, Tiled):
@@ -231,9 +242,9 @@ class _Fitting:
         index = torch.tensor(state.index, device=found[0].device)
         return [value.index_select(1, index) for value in found]
 
-    def _apart(self, end: fx.Node, wanted: list[Tensor]) -> list[Tensor]:
+    def _apart(self, unit: list[fx.Node], wanted: list[Tensor]) -> list[Tensor]:
         """The targets with those of a source channel's replicas apart, within the range of the source's values."""
-        state = self.plan.steps[self.twin[end.name].name].state
+        state = self._state(unit)
         if not self.spread or not isinstance(state, Tiled) or len(set(state.replica)) < self.plan.beta:
             return wanted
         few = torch.cat(wanted[:_FEW])
@@ -272,7 +283,12 @@ class _Fitting:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             local[node] = execute(self.rep, node, args, kwargs)
         result: Tensor = local[unit[-1]]
-        return result
+        among_samples = isinstance(self.plan.steps[self.twin[unit[-1].name].name].state, Folded)
+        return (
+            rep_layers.unfold(result, self.plan.beta)
+            if among_samples and isinstance(self._state(unit), Tiled)
+            else result
+        )
 
     def _norm(self, unit: list[fx.Node]) -> _BatchNorm | None:
         """The BatchNorm right behind the convolution, where it has scale and shift."""
@@ -285,7 +301,7 @@ class _Fitting:
         module = self._norm(unit)
         if module is None or not self._known(unit[1]):
             return
-        wanted = torch.cat(self._wanted(unit[1], _FEW))
+        wanted = torch.cat(self._wanted(unit[:2], _FEW))
         module.weight.fill_(1.0)
         module.bias.zero_()
         given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(_FEW, self.chunks))])
