@@ -101,6 +101,17 @@ def test_a_dry_run_prints_the_commands(here: Path, capsys: pytest.CaptureFixture
     assert list(here.iterdir()) == [here / "tiny.yaml"]
 
 
+def test_some_of_the_cells(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(sweep, "_run_all", lambda _, cells, *__: begun.extend(c.name for c in cells) or [])
+    assert run(["sweep", "tiny.yaml", "--only", "*-raw-seed3", "--only", "*seed5"]) == 0
+    assert begun == [f"irnet_resnet20-{cell}" for cell in ("raw-seed3", "raw-seed5", "beta-4-seed5")]
+    capsys.readouterr()
+    assert run(["sweep", "tiny.yaml", "--only", "raw", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "error: --only raw: matches no cell; they are irnet_resnet20-raw-seed3, irnet_resnet20-raw-seed5," in error
+
+
 def test_a_variant_may_spread(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "tiny.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0.5,"), "utf-8")
     assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0

@@ -160,6 +160,10 @@ def sweep(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Cells at a time; they share a GPU, or the cores.")
     ] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="PATTERN", help="Cells by name, e.g. 'recu_*-seed1'; the others another time."),
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Handed to `finetune`.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands of all cells, run nothing.")] = False,
     as_json: Json = False,
@@ -176,8 +180,8 @@ def sweep(
     from repbnn_cli.commands import sweep as commands
 
     commands.sweep(
-        experiment, data=data, epochs=epochs, sets=sets or [], out=out, jobs=jobs, device=device, dry_run=dry_run,
-        as_json=as_json,
+        experiment, data=data, epochs=epochs, sets=sets or [], out=out, jobs=jobs, only=only or [], device=device,
+        dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,37 @@ from rich.table import Table
 
 from repbnn_cli import experiments, report, runs, source, sweeps, views, zoo
 from repbnn_cli.commands import pupils
-from repbnn_cli.errors import RepbnnError, StoppedError
+from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
 from repbnn_cli.experiments import Cell, Experiment
 from repbnn_cli.sweeps import Budget, Sweep
 from repbnn_cli.train import recipes
 from repbnn_cli.train.data import check_spec
 from repbnn_cli.train.guards import stopping
+from repbnn_cli.wording import some
 
 COMMAND = (sys.executable, "-m", "repbnn_cli")
 
 
 def sweep(
-    file: str, *, data: str | None, epochs: int | None, sets: list[str], out: str | None, jobs: int, device: str | None,
-    dry_run: bool, as_json: bool,
+    file: str, *, data: str | None, epochs: int | None, sets: list[str], out: str | None, jobs: int, only: list[str],
+    device: str | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Every cell that is not finished; then the table of what there is."""
+    """Every cell that is not finished, or those that `only` names; then the table of what there is."""
     experiment = experiments.load(file)
+    cells = _chosen(experiment.cells, only)
     budget = Budget(data or experiment.file.data, epochs or experiment.file.epochs, tuple(sets))
     folder = Path(out) if out else Path("runs") / experiment.name
     _check(experiment, budget, device)
     if dry_run:
         steps = {cell.name: [shlex.join(("repbnn", *step)) for step in _steps(experiment, cell, budget, folder, device)]
-                 for cell in experiment.cells}  # fmt: skip
+                 for cell in cells}  # fmt: skip
         if as_json:
             views.print_json({"cells": [{"name": name, "commands": commands} for name, commands in steps.items()]})
         else:
             views.print_text("\n".join(line for commands in steps.values() for line in commands))
         return
     sweeps.begin(folder, experiment, budget)
-    failed = _run_all(experiment, budget, folder, jobs, device)
+    failed = _run_all(experiment, cells, budget, folder, jobs, device)
     read = sweeps.read(folder)
     if as_json:
         views.print_json(report.sweep_as_dict(read))
@@ -56,7 +59,16 @@ def sweep(
         views.say(*report.sweep_explanation(read))
     if failed:
         logs = ", ".join(str(folder / sweeps.LOGS / f"{name}.log") for name in failed)
-        raise RepbnnError(f"{len(failed)} of {len(experiment.cells)} cells failed; see {logs}")
+        raise RepbnnError(f"{len(failed)} of {len(cells)} cells failed; see {logs}")
+
+
+def _chosen(cells: Sequence[Cell], patterns: list[str]) -> list[Cell]:
+    """The cells whose names match one of the patterns, all where there is none. Raises UsageError."""
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            names = some([cell.name for cell in cells])
+            raise UsageError(f"--only {pattern}: matches no cell; they are {names} (`--dry-run` shows all)")
+    return [cell for cell in cells if not patterns or any(fnmatchcase(cell.name, p) for p in patterns)]
 
 
 def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
@@ -165,8 +177,10 @@ class _Running:
         return code
 
 
-def _run_all(experiment: Experiment, budget: Budget, folder: Path, jobs: int, device: str | None) -> list[str]:
-    """Runs the cells that are not finished; the names of those that failed. Raises StoppedError after a signal."""
+def _run_all(
+    experiment: Experiment, cells: list[Cell], budget: Budget, folder: Path, jobs: int, device: str | None
+) -> list[str]:
+    """Runs those cells that are not finished; the names of those that failed. Raises StoppedError after a signal."""
     running, failed = _Running(), []
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
@@ -198,7 +212,7 @@ def _run_all(experiment: Experiment, budget: Budget, folder: Path, jobs: int, de
     before = {n: signal.signal(n, running.stop) for n in stopping()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, experiment.cells))
+            list(pool.map(one, cells))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
