@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -11,8 +12,10 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no fail
 settings.load_profile("untimed")
 
 if not torch.cuda.is_available():
-    # Triton kernels run in its interpreter. Triton reads this when it is imported, so it has to be set before any test;
-    # torch.compile on the CPU does not care. With a GPU the same tests run the compiled kernels.
+    # Triton kernels run in its interpreter. Triton reads this when it is imported, so that has to happen before a test
+    # that takes it away; torch.compile on the CPU does not care. With a GPU the same tests run the compiled kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
 
 torch.set_num_threads(1)  # tests run side by side, and results must not depend on how a sum is split
