@@ -102,6 +102,13 @@ class ModuleWalk(OperatorWalk):
 
     def _rep_conv(self, node: fx.Node, layer: Layer, rule: Rule) -> None:
         out, beta, groups = layer.out_channels, self.beta, layer.groups
+        if out < beta and not layer.binary:  # the one channel of a spatial attention, the squeeze of a small gate
+            self._per_replica(node, rule)
+            self.notes.append(
+                f"{self._place(node)}: has fewer outputs than β = {beta}, so it is applied to each replica, at {beta} "
+                "times its cost"
+            )
+            return
         if (out // groups) % beta:
             per = out // groups
             possible = ", ".join(str(b) for b in range(1, per + 1) if per % b == 0)

@@ -248,10 +248,44 @@ class NarrowGate(Blocks):
         return self.bn(self.conv(x)) * self.se(x.mean((2, 3))).unsqueeze(-1).unsqueeze(-1) + x
 
 
-def test_a_gate_too_narrow_to_divide_is_applied_to_each_copy_by_a_rule() -> None:
-    message = refusal(NarrowGate)
-    assert "se.0: beta 2 does not divide its 1 output channels" in message
+class SpatialAttention(Blocks):
+    """CBAM's: one map for all channels, from their mean and their maximum."""
+
+    def setup(self) -> None:
+        self.attention = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        maps = torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1)
+        return y * torch.sigmoid(self.attention(maps)) + x
+
+
+@pytest.mark.parametrize(("kind", "path"), [(NarrowGate, "se.0"), (SpatialAttention, "attention")])
+@pytest.mark.parametrize("beta", [2, 4])
+def test_a_float_layer_with_fewer_outputs_than_beta_is_applied_to_each_replica(
+    kind: type[nn.Module], path: str, beta: int
+) -> None:
+    plan = transformed(kind, beta=beta)
+    assert [e.path for e in plan.edits if e.action == "per_replica"] == [path]
+    (note,) = [note for note in plan.notes if f"has fewer outputs than β = {beta}" in note]
+    assert f"({path})" in note
+
+
+class Six(Blocks):
+    def setup(self) -> None:
+        self.squeeze, self.widen = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.widen(self.squeeze(x.mean((2, 3))))[:, :, None, None] + x
+
+
+def test_other_layers_that_beta_does_not_divide_are_refused() -> None:
+    message = refusal(Six, beta=4)
+    assert "squeeze: beta 4 does not divide its 6 output channels" in message
     assert "`apply: tile`" in message
+
+
+def test_a_gate_is_applied_to_each_replica_by_a_rule() -> None:
     plan = transformed(
         NarrowGate, 'rules: {gate: {part: backbone, match: {path: "se.*"}, apply: tile, optional: true}}'
     )
