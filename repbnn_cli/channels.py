@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from repbnn_cli.inherit import Members
+from repbnn_cli.interception import FunctionCall
 from repbnn_cli.proxies import INPLACE
-from repbnn_cli.tracer import FunctionCall
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ State = Compact | Tiled | Folded | None
 
 
 # Take dtype and device from a tensor, and nothing else.
-NEW_TENSORS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+NEW_TENSORS = ("new", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 
 
 def plain(source: int, beta: int) -> Tiled:
@@ -140,10 +140,13 @@ SPATIAL = frozenset((
 # Random per element: copies must be drawn apart, so the repeat comes first.
 RANDOM = frozenset((
     "dropout", "alpha_dropout", "dropout2d", "feature_dropout", "bernoulli", "rrelu", "rand_like", "randn_like",
+    "uniform", "normal",
 ))  # fmt: skip
 REDUCE = frozenset((
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "prod", "any", "all",
 ))  # fmt: skip
+# Element by element between two tensors, and the mean of that.
+LOSSES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 # Without parameters, whatever it does to channels: applied to each replica (`Folded`).
 FOLDABLE = frozenset((
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "chunk", "split",
@@ -193,7 +196,7 @@ def kind_of_module(module: nn.Module) -> str:
 def kind_of_call(node: fx.Node) -> str:
     """The table that a function or method is in, looking at its arguments where that decides; else "opaque".
 
-    "total": the mean of everything, which all replicas together have, too.
+    "total": the mean over everything, which all replicas together have, too. "samples": a choice of samples.
     """
     name = operator_name(node)
     args = node.args
@@ -206,8 +209,12 @@ def kind_of_call(node: fx.Node) -> str:
         if dims is None and name == "mean":
             return "total"
         return "spatial" if dims is not None and not {0, 1} & dims else ("fold" if dims and 0 not in dims else "opaque")
+    if name in LOSSES and node.kwargs.get("reduction", "mean") == "mean":
+        return "total"
     if name == "pad" and len(args) > 1 and len(args[1]) <= 2 * (ndim - 2):  # type: ignore[arg-type]
         return "spatial"
+    if name in ("getitem", "index_select") and _picks_samples(node):
+        return "samples"
     if name == "getitem" and isinstance(args[1], tuple) and all(s == slice(None) for s in args[1][:2]):
         return "spatial" if len(args[1]) > 2 and all(isinstance(s, slice) for s in args[1]) else "fold"
     if name in ("cat", "concat", "concatenate"):
@@ -217,6 +224,13 @@ def kind_of_call(node: fx.Node) -> str:
     if name in SPATIAL:
         return "spatial"
     return "fold" if name in FOLDABLE else "opaque"
+
+
+def _picks_samples(node: fx.Node) -> bool:
+    """`x[order]`, `x.index_select(0, order)`: samples by their numbers, whatever they hold."""
+    *between, index = node.args[1:]
+    numbers = index.meta["value"] if isinstance(index, fx.Node) else None
+    return isinstance(numbers, Tensor) and numbers.ndim == 1 and between in ([], [0])
 
 
 def _dims(node: fx.Node, ndim: int) -> set[int] | None:

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from repbnn_cli.binary_conv import BinaryConv2d, FracConv2d, GatedConv2d, RBNNConv2d
 from repbnn_cli.channels import operator_name
 from repbnn_cli.functional import ConvolutionCall
+from repbnn_cli.interception import FunctionCall
 from repbnn_cli.layers import ChannelDuplicate, ChannelPad, LearnableBias, ThermometerEncoder
 from repbnn_cli.probe import ConvFacts
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
 from repbnn_cli.rep_layers import ChannelSelect, RepBatchNorm1d, RepBatchNorm2d, Repeat
-from repbnn_cli.tracer import FunctionCall
 
 Kind = Literal["fc", "conv", "bn", "bconv", "other"]
 

@@ -26,7 +26,8 @@ from torch.fx.graph import PythonCode
 from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.functional import ConvolutionCall, as_modules
-from repbnn_cli.tracer import LeafPolicy, Tracer, explain, interceptable, place_of
+from repbnn_cli.interception import interceptable
+from repbnn_cli.tracer import LeafPolicy, Tracer, explain, place_of
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
 
@@ -47,7 +48,7 @@ class Network:
         it another one; `module` runs the graph of the mode that it is in.
     """
 
-    module: fx.GraphModule
+    module: KeptGraphModule
     example: tuple[tuple[int, ...], ...]
     notes: list[str] = field(default_factory=list)
     attempts: tuple[str, ...] = ()
@@ -234,13 +235,39 @@ class _Traced:
 
 
 def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False) -> _Traced:
-    tracer = Tracer(examples, leaf, shapes_only=shapes_only)
+    tracer = Tracer(examples, leaf, shapes_only=shapes_only, frozen=frozenset(map(model.get_submodule, _frozen(model))))
+    before = _plain_attributes(model)
+    traced, after = _traced(model, tracer, {})
+    changed = {key: value for key, value in after.items() if key not in before or before[key] is not value}
+    for key, value in changed.items():
+        if isinstance(value, fx.Proxy):
+            where = value.node.meta["where"]
+            tracer.notes.append(f"{where}: sets {_dotted(key)}, which the transformed network does not")
+    counted = {key: value for key, value in changed.items() if type(before.get(key)) in (int, float, bool)}
+    if counted:  # a graph keeps them as they were: is the next forward another one?
+        again, _ = _traced(model, Tracer(examples, leaf, shapes_only=shapes_only, frozen=tracer.frozen), counted)
+        constants = zip(traced.constants.values(), again.constants.values(), strict=False)
+        if str(again.graph) != str(traced.graph) or not all(torch.equal(a, b) for a, b in constants):
+            raise CaptureError(
+                f"the forward changes {', '.join(map(_dotted, counted))}, and the next one computes something else "
+                "from it, which a graph cannot: keep it in a buffer that is written in place, or keep the module whole "
+                "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
+            )
+    return traced
+
+
+def _traced(
+    model: nn.Module, tracer: Tracer, attributes: dict[tuple[str, str], Any]
+) -> tuple[_Traced, dict[tuple[str, str], Any]]:
+    """One trace, with some attributes set before it; and the plain attributes after it."""
     with (
-        unchanged(model, parameters=not shapes_only),
+        unchanged(model, parameters=not tracer.shapes_only),
         torch.no_grad(),
         interceptable(),
         tracer.hidden_training_flags(model),
     ):
+        for (path, name), value in attributes.items():
+            vars(model.get_submodule(path))[name] = value
         try:
             graph = tracer.trace(model)
         except CaptureError:
@@ -251,7 +278,22 @@ def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, sha
         # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
         constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
         constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}
-    return _Traced(tracer, graph, constants)
+        return _Traced(tracer, graph, constants), _plain_attributes(model)
+
+
+def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """(path of the module, name) → value, of what a module holds beside tensors and modules."""
+    kept = ("training", *vars(nn.Module()))
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in kept and not name.startswith("_tensor_constant") and type(value) is not Tensor
+    }
+
+
+def _dotted(key: tuple[str, str]) -> str:
+    return ".".join(filter(None, key))
 
 
 def _in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool) -> _Traced:
@@ -292,7 +334,16 @@ def assemble(model: nn.Module, traced: _Traced) -> KeptGraphModule:
         owner, _, name = path.rpartition(".")
         tree.get_submodule(owner).add_module(name, module)
     in_training = traced.in_training.graph if traced.in_training else None
-    return KeptGraphModule(tree, traced.graph, class_name=type(model).__name__, in_training=in_training)
+    return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, _frozen(model))
+
+
+def _frozen(model: nn.Module) -> tuple[str, ...]:
+    """The modules that stay in eval mode when the network is trained, because its own `train` says so."""
+    if all(type(m).train is nn.Module.train for m in model.modules()):
+        return ()
+    with unchanged(model):
+        model.train()
+        return tuple(path for path, module in model.named_modules() if path and not module.training)
 
 
 def _own_constants(traced: _Traced) -> dict[str, Tensor]:
@@ -308,16 +359,20 @@ class KeptGraphModule(fx.GraphModule):
 
     in_training: another graph over the same modules, which the forward follows in training mode; the attribute is a
     module of that graph alone, None without one.
+    frozen: paths of modules that stay in eval mode when this one is trained.
     """
 
     in_training: KeptGraphModule | None
+    frozen: tuple[str, ...]
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule", in_training: fx.Graph | None = None
-    ) -> None:
+        self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule", in_training: fx.Graph | None = None,
+        frozen: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         super().__init__(root, graph, class_name=class_name)
         for kind in _TREE:
             self.__dict__[kind] = root.__dict__[kind]
+        self.frozen = frozen
         # Beside the module tree: its parts are those of this module.
         self.__dict__["in_training"] = KeptGraphModule(self, in_training, class_name) if in_training else None
         self.recompile()
@@ -334,13 +389,19 @@ class KeptGraphModule(fx.GraphModule):
             type(self).forward = forward
         return code
 
+    def train(self, mode: bool = True) -> KeptGraphModule:
+        super().train(mode)
+        for path in self.frozen:
+            self.get_submodule(path).training = False
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptGraphModule:
         tree = nn.Module()
         for kind in (*_TREE, "training"):
             tree.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
-        name = str(self._get_name())  # type: ignore[no-untyped-call]
-        graphs = [copied_graph(module.graph, memo) for module in (self, self.in_training) if module is not None]
-        memo[id(self)] = copied = KeptGraphModule(tree, graphs[0], name, *graphs[1:])
+        in_training = copied_graph(self.in_training.graph, memo) if self.in_training else None
+        copied = KeptGraphModule(tree, copied_graph(self.graph, memo), type(self).__name__, in_training, self.frozen)
+        memo[id(self)] = copied
         return copied
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
+from repbnn_cli.tracer import fetch
 from repbnn_cli.wording import some
 
 
@@ -19,6 +20,19 @@ def never_called(network: Network) -> list[str]:
 
     kernels = [p for p, m in network.module.named_modules() if any(t.dim() > 1 for t in m.parameters(recurse=False))]
     return [path for path in kernels if path and not within(path)]
+
+
+def frozen(network: Network, changed: Sequence[str]) -> list[str]:
+    """A note on those of the modules that become RepConvs (changed) which training leaves alone, while it changes
+    others: on a teacher inside the network."""
+    held = {path: list(fetch(network.module, path).parameters()) for path in changed}
+    still = [path for path, own in held.items() if own and not any(p.requires_grad for p in own)]
+    if not still or len(still) == len(held):
+        return []
+    return [
+        f"become RepConvs though they are frozen (requires_grad = False), so that what they lose is not learned again: "
+        f"{some(still)}; `apply: keep` for their modules leaves a part that starts at the input as it is"
+    ]
 
 
 _NOTHING_BINARY = (

@@ -42,7 +42,7 @@ _CANCELLED = 1e-2
 _CONVOLVING = ("rep_conv", "select_inputs")
 
 # What these give is whatever was in memory.
-_UNINITIALISED = ("empty", "new_empty", "empty_like")
+_UNINITIALISED = ("empty", "new", "new_empty", "empty_like")
 
 
 class StuckError(Exception):
@@ -376,14 +376,16 @@ def _equal(a: Any, b: Any) -> bool:
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Node → the nodes whose values are needed no more after it.
 
-    Sizes of the source are computed when they are asked for, so what they are read from has to live until then.
+    Sizes of the source are computed when they are asked for, and what a network returns is put together again, so what
+    they are made of has to live until then.
     """
     needs: dict[fx.Node, list[fx.Node]] = {}
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         needs[node] = list(node.all_input_nodes)
         for used in node.all_input_nodes:
-            if "value" in used.meta and not holds_tensor(used.meta["value"]):
+            numbers = "value" in used.meta and not holds_tensor(used.meta["value"])
+            if numbers or makes_container(used):
                 needs[node] += needs[used]
         for used in needs[node]:
             last[used] = node

@@ -14,9 +14,8 @@ from torch import Tensor, fx
 
 from repbnn_cli.errors import CaptureError
 
-_PACKAGE = tuple(
-    str(Path(__file__).parent / f"{name}.py") for name in ("tracer", "proxies", "graph", "probe", "cpu_only", "legacy")
-)
+_CAPTURE = ("tracer", "proxies", "interception", "graph", "probe", "cpu_only", "legacy")
+_PACKAGE = tuple(str(Path(__file__).parent / f"{name}.py") for name in _CAPTURE)
 _TORCH_FILES = str(Path(torch.__file__).parent)
 INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "iand", "ior", "ixor", "ipow", "imod")
 
@@ -119,9 +118,10 @@ class ValueProxy(fx.Proxy):
 
     def _freeze(self, what: str) -> Any:
         value = self._value
-        if self.node.op == "get_attr" and self.node.target == "training":
+        if _is_of_mode(self.node):
             self.tracer.mode_branches.append(user_line())  # type: ignore[attr-defined]
         if isinstance(value, Tensor):
+            self.tracer.decisions.append(self.node)  # type: ignore[attr-defined]
             self.tracer.note(f"{what} on a tensor's value is frozen to what the example input did")  # type: ignore[attr-defined]
             if value.is_meta:
                 where = self.node.meta["where"]
@@ -130,6 +130,13 @@ class ValueProxy(fx.Proxy):
                     "capture the network with its weights"
                 )
         return value
+
+
+def _is_of_mode(node: fx.Node) -> bool:
+    """`self.training`, or what follows from it alone: `self.training == True`."""
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[2] == "training"
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_of_mode, node.all_input_nodes))
 
 
 class Method(ValueProxy):

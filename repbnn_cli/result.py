@@ -28,18 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import repbnn_cli
 from repbnn_cli import checkpoint, source, surgery, user_model
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CheckpointError, UsageError
-from repbnn_cli.graph import Network
+from repbnn_cli.graph import KeptGraphModule, Network
 from repbnn_cli.identify import compare, shapes_of
+from repbnn_cli.interception import interceptable
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import loads
 from repbnn_cli.source import Origin, Source
-from repbnn_cli.tracer import interceptable
 from repbnn_cli.verify import Certificate
 
 ModelSource = str | nn.Module | Callable[[], nn.Module]
@@ -54,7 +54,7 @@ class Result:
     origin: Origin
     network: Network
     plan: Plan
-    module: fx.GraphModule
+    module: KeptGraphModule
 
 
 def payload_of(src: Source, plan: Plan, rep: nn.Module, certificate: Certificate, *, slim: bool) -> dict[str, Any]:

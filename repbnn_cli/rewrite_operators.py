@@ -45,7 +45,9 @@ class OperatorWalk(Walk):
 
     def _call(self, node: fx.Node) -> None:
         if not self._expanded(node):
-            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
+            like = self._size_taken(node)
+            state = self._map(like) if like is not None else None
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), state)
             return
         if makes_container(node):  # what a forward returns, `Out(logits=..., features=...)`
             self._made[node] = Made(self._copy_mapped(node, self._output), None)
@@ -55,7 +57,13 @@ class OperatorWalk(Walk):
         if self._ends(node, rule, operator_name(node)):
             return
         if kind == "total" and rule is not None and rule.apply == "tile":
-            self._keep(node, self._copy_mapped(node, self._as_tiled), None)
+            first = self._tensors(node)[0]
+            alike = len(self._expanded(node)) == len(self._tensors(node))
+            form = (lambda n: self._reordered(n, self._map(first))) if alike else self._as_folded
+            self._keep(node, self._copy_mapped(node, form, folded=not alike), None)
+        elif kind == "samples" and isinstance(node.args[0], fx.Node):
+            self._need_rule(node, rule)
+            self._keep(node, self._copy_mapped(node, self._as_tiled), self._map(node.args[0]))
         elif kind == "concatenate":
             self._need_rule(node, rule)
             self._concatenate(node)

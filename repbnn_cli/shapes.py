@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.graph import KeptGraphModule, Network, unchanged
 from repbnn_cli.plan import Plan
 from repbnn_cli.probe import ConvCalls, facts
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
 from repbnn_cli.tracer import execute, fetch, filled, hollow, known_shape, on_meta
 
 
-def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Layer]]:
+def rep_network(plan: Plan, rep: KeptGraphModule) -> tuple[Network, dict[str, Layer]]:
     """The Rep network of a plan with a shape for every node, and its layers: what `profiler.profile` takes.
 
     rep: what `surgery.apply` gave for `plan`; only the `meta` of its nodes is written.
@@ -38,7 +38,7 @@ def rep_network(plan: Plan, rep: fx.GraphModule) -> tuple[Network, dict[str, Lay
     return propagate(rep, plan.network.example), layers
 
 
-def propagate(module: fx.GraphModule, example: tuple[tuple[int, ...], ...]) -> Network:
+def propagate(module: KeptGraphModule, example: tuple[tuple[int, ...], ...]) -> Network:
     """Gives every node of an existing graph its `meta["value"]`, as `graph.capture(..., shapes_only=True)` would.
 
     example: input shapes, batch included. Convolutions of torch's and of this package do not run; other modules see

@@ -15,9 +15,9 @@ from repbnn_cli import checkpoint, graph, identify, user_model, zoo
 from repbnn_cli.checkpoint import Checkpoint
 from repbnn_cli.cpu_only import is_foreign, running
 from repbnn_cli.errors import UsageError
+from repbnn_cli.interception import interceptable
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
-from repbnn_cli.tracer import interceptable
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ def parse_input_size(text: str | None) -> tuple[tuple[int, ...], ...]:
     return shapes
 
 
-def default_output(path: str, beta: int, suffix: str = ".repbnn.pt") -> Path:
+def default_output(path: str, beta: int) -> Path:
     """checkpoints/NAME-rep2.repbnn.pt for NAME.pth.tar."""
     name = Path(path).name
     for ending in (".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pth"):
         name = name.removesuffix(ending)
-    return Path("checkpoints") / f"{name}-rep{beta}{suffix}"
+    return Path("checkpoints") / f"{name}-rep{beta}.repbnn.pt"

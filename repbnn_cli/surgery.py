@@ -21,7 +21,7 @@ from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import KeptGraphModule, Network, unchanged
-from repbnn_cli.hints import hints
+from repbnn_cli.hints import frozen, hints
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
 from repbnn_cli.positions import ends, holds_tensor, other_layers, positions
@@ -63,6 +63,7 @@ def _plan(network: Network, rules: RuleSet) -> Plan:
             "the rules change nothing: no first layer was found whose output is repeated; "
             f"check the rule with `apply: repeat_output` in {rules.source}"
         )
+    notes += frozen(network, [edit.path for edit in edits.values() if edit.action == "rep_conv"])
     notes += hints(network, layers)
     return Plan(network, layers, rules, walk.graph, tuple(edits.values()), added, walk.steps, notes, in_training)
 
@@ -75,7 +76,7 @@ def _identity(network: Network, layers: dict[str, Layer], rules: RuleSet) -> Pla
 def _walks(network: Network, layers: dict[str, Layer], rules: RuleSet, apart: Collection[str] = ()) -> list[Rewriter]:
     """A walk over each of the network's graphs: of eval mode, of training mode where that is another one."""
     networks = [n for n in (network, network.in_training) if n is not None]
-    found = [subjects(n, layers) for n in networks]
+    found = _agreed([subjects(n, layers) for n in networks])
     options, taken = rules.options, set[str]()
     walks: list[Rewriter] = []
     for one, own in zip(networks, found, strict=True):
@@ -90,6 +91,15 @@ def _walks(network: Network, layers: dict[str, Layer], rules: RuleSet, apart: Co
     repeats = [{path: edit.repeats for path, edit in walk.edits.items()} for walk in walks]
     unlike = {path for path, n in repeats[0].items() if repeats[-1].get(path, n) != n}
     return _walks(network, layers, rules, unlike) if unlike - set(apart) else walks
+
+
+def _agreed(found: list[list[Subject]]) -> list[list[Subject]]:
+    """What is last in one mode alone (features in the one, logits in the other) is not the last layer."""
+    elsewhere = [{s.path: s.position for s in other} for other in reversed(found)]
+    return [
+        [replace(s, position=other[s.path]) if s.position == "last" and other.get(s.path) else s for s in own]
+        for own, other in zip(found, elsewhere, strict=True)
+    ]
 
 
 def _merged(edits: dict[str, ModuleEdit], others: dict[str, ModuleEdit]) -> dict[str, ModuleEdit]:
@@ -158,8 +168,8 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
         helper = copy.deepcopy(module).to(next(iter(tree.parameters()), torch.zeros(())).device)
         fetch(tree, parent).add_module(name, helper)
         helper.train(source.training)
-    graphs = [copy.deepcopy(p.graph) for p in (plan, plan.in_training) if p is not None]
-    result = KeptGraphModule(tree, graphs[0], f"Rep{source._get_name()}", *graphs[1:])
+    in_training = copy.deepcopy(plan.in_training.graph) if plan.in_training else None
+    result = KeptGraphModule(tree, copy.deepcopy(plan.graph), f"Rep{type(source).__name__}", in_training, source.frozen)
     result.graph.lint()
     if state is not None:
         result.load_state_dict(dict(state), assign=True)

@@ -12,8 +12,7 @@ import inspect
 import operator
 import random
 import traceback
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from repbnn_cli import products
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
+from repbnn_cli.interception import recording
 from repbnn_cli.layers import LearnableBias
 from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts, value_bits
 from repbnn_cli.proxies import (
@@ -32,6 +32,7 @@ from repbnn_cli.proxies import (
     Method,
     ValueProxy,
     is_ours,
+    is_write,
     recorded_len,
     set_data,
     user_line,
@@ -39,8 +40,6 @@ from repbnn_cli.proxies import (
 from repbnn_cli.rep_layers import RepConv2d
 
 LeafPolicy = Callable[[str, nn.Module], bool]
-
-_CONSTRUCTORS = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "tensor", "eye", "as_tensor")
 
 # Layers that give the shape they take → how many channels they want; 1 fits all.
 _CHANNELS_KEPT: dict[type, Callable[[Any], int]] = {
@@ -50,96 +49,14 @@ _CHANNELS_KEPT: dict[type, Callable[[Any], int]] = {
     LearnableBias: lambda m: int(m.bias.shape[1]),
 }
 
-# The tracer that is recording now, if any. Function.apply and the tensor constructors ask for it.
-_recording: list[Tracer] = []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Interception: in place before the model is built, because some networks bind `SomeFunction.apply` in __init__
-
-
-class FunctionCall:
-    """A custom autograd.Function as a graph node: called by its `apply`, so its backward stays."""
-
-    def __init__(self, function: type[torch.autograd.Function], apply: Callable[..., Any]) -> None:
-        self.function, self._apply = function, apply
-        self.__name__ = self.__qualname__ = function.__name__
-        self.__module__ = function.__module__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _recording and _has_proxy((args, kwargs)):  # a captured network is captured again
-            return _recording[-1].create_proxy("call_function", self, args, kwargs)
-        return self._apply(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
-        return self
-
-
-# The function behind every bound `SomeFunction.apply`, and a copy of it. While a network is captured, the function
-# itself is lent code that asks for the tracer: that reaches what was bound long before (`self.sign = Sign.apply`).
-_apply: types.FunctionType = torch.autograd.Function.__dict__["apply"].__func__
-_apply_code = _apply.__code__
-_original_apply = types.FunctionType(_apply_code, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
-
-
-def _recording_code() -> types.CodeType:
-    __class__ = None  # code can only be lent to a function that closes over the same names
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if __class__ is None:
-            raise TypeError("the code of Function.apply runs outside of it")
-        from repbnn_cli.tracer import _recorded_apply
-
-        return _recorded_apply(cls, *args, **kwargs)
-
-    return apply.__code__
-
-
-def _recorded_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-    if _recording and _has_proxy((args, kwargs)):
-        call = FunctionCall(cls, types.MethodType(_original_apply, cls))
-        return _recording[-1].create_proxy("call_function", call, args, kwargs)
-    return _original_apply(cls, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def interceptable() -> Iterator[None]:
-    """Makes calls visible to the tracer that fx cannot see; active while a user's model is imported and built."""
-    if _apply.__code__ is not _apply_code:
-        yield
-        return
-    originals = {name: getattr(torch, name) for name in _CONSTRUCTORS}
-    _apply.__code__ = _recording_code()
-    for name, original in originals.items():
-        setattr(torch, name, _recorded_constructor(original))
-    try:
-        yield
-    finally:
-        _apply.__code__ = _apply_code
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-def _recorded_constructor(original: Callable[..., Tensor]) -> Callable[..., Any]:
-    def construct(*args: Any, **kwargs: Any) -> Any:
-        if _recording and _has_proxy((args, kwargs)):
-            return _recording[-1].create_proxy("call_function", original, args, kwargs)
-        return original(*args, **kwargs)
-
-    return construct
-
-
-def _has_proxy(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(_has_proxy(v) for v in value)
-    if type(value) is dict:
-        return any(_has_proxy(v) for v in value.values())
-    return isinstance(value, fx.Proxy)
-
 
 class Tracer(fx.Tracer):
-    def __init__(self, examples: tuple[Tensor, ...], leaf: LeafPolicy, *, shapes_only: bool) -> None:
+    def __init__(
+        self, examples: tuple[Tensor, ...], leaf: LeafPolicy, *, shapes_only: bool, frozen: Set[nn.Module]
+    ) -> None:
+        """frozen: the modules that are in eval mode even while the network is trained."""
         super().__init__()
+        self.frozen = frozen
         self.proxy_buffer_attributes = True
         self.examples, self.leaf, self.shapes_only = examples, leaf, shapes_only
         self.values: dict[fx.Node, Any] = {}
@@ -147,8 +64,11 @@ class Tracer(fx.Tracer):
         self.entered_paths: set[str] = set()
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
-        self.drawn: list[str] = []  # where a forward drew random numbers that no node draws
-        self._random = _random_states()
+        self.decisions: list[fx.Node] = []  # tensors whose values a branch was decided on
+        self.grad = True
+        self._without_grad: set[fx.Node] = set()
+        self.drawn: list[str] = []  # in training mode, where a forward drew random numbers that no node draws
+        self._random: tuple[Any, ...] | None = None
         self.convolution_calls = False
         self._fixed: set[fx.Node] = set()  # what depends on parameters and buffers alone
         self._evaluating = False
@@ -156,13 +76,13 @@ class Tracer(fx.Tracer):
 
     # -- what fx asks ------------------------------------------------------------------------------------------------
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        _recording.append(self)
+        recording.append(self)
         outer, builtins.len = builtins.len, recorded_len
         try:
             return super().trace(root, concrete_args)
         finally:
             builtins.len = outer
-            _recording.pop()
+            recording.pop()
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         leaf = self.leaf(path, module)
@@ -189,16 +109,20 @@ class Tracer(fx.Tracer):
             product = products.find(target, args, kwargs, self.values, self._fixed)
             if product is not None:
                 return self._layer(product)
-        if _random_states() != self._random:
+        if not self.grad and kind != "get_attr":
+            args, kwargs = fx.map_arg((args, kwargs), self._detached)
+        if self._random is not None and self._random != _random_states():
             self.drawn.append(user_line())
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         inputs = node.all_input_nodes
+        if not self.grad and kind != "get_attr":
+            self._without_grad.add(node)
         held = kind == "get_attr" and not str(node.target).startswith("_tensor_constant")
         if held or (inputs and self._fixed.issuperset(inputs)):
             self._fixed.add(node)
         node.meta["where"], node.meta["path"] = user_line(), self._module_path()
         value = self._evaluate(node)
-        self._random = _random_states()
+        self._random = _random_states() if self._training[self.root] else None
         node.meta["value"] = on_meta(value)
         multiplied = [self.values[n] for n in products.factors(node)]
         if len(multiplied) == 2 and all(isinstance(v, Tensor) for v in multiplied) and not self.shapes_only:
@@ -206,6 +130,19 @@ class Tracer(fx.Tracer):
             node.meta["bits"] = tuple(bits if (bits := value_bits(v)) <= 2 else 32 for v in multiplied)
         self.values[node] = hollow(value) if self.shapes_only else value
         return node
+
+    def _detached(self, node: fx.Node) -> fx.Node:
+        """What code under `torch.no_grad` sees of a tensor from outside: a graph knows no such block."""
+        value = self.values[node]
+        if node in self._without_grad or not isinstance(value, Tensor) or not value.is_floating_point():
+            return node
+        self.grad = True
+        try:
+            detached = self.create_node("call_method", "detach", (node,), {})
+        finally:
+            self.grad = False
+        self._without_grad.add(detached)
+        return detached
 
     def _layer(self, product: products.Product) -> fx.Node:
         """A product with a parameter, recorded as the layer that it is."""
@@ -240,7 +177,10 @@ class Tracer(fx.Tracer):
         if kwargs:  # `bn(input=x)` as `bn(x)`: what a module is given is looked for among the positional arguments
             bound = inspect.signature(m.forward).bind(*args, **kwargs)
             args, kwargs = bound.args, bound.kwargs
-        return super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if self.grad or not isinstance(result, fx.Proxy) or not isinstance(self.values[result.node], Tensor):
+            return result
+        return result.detach()  # from the parameters of a layer
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._evaluating:
@@ -259,7 +199,7 @@ class Tracer(fx.Tracer):
         if node.op == "placeholder":
             return self.examples[sum(n.op == "placeholder" for n in self.values)]
         if node.op == "get_attr":
-            return self._training[self.root] if node.target == "training" else fetch(self.root, str(node.target))
+            return fetch(self.root, str(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         try:
             return self._execute(node, args, kwargs)
@@ -326,9 +266,12 @@ class Tracer(fx.Tracer):
                 module.training = training
 
     def _read_training(self, module: nn.Module) -> Any:
-        if self._evaluating or not _recording or _recording[-1] is not self:
+        if self._evaluating or not recording or recording[-1] is not self:
             return self._training[module]
-        return self.create_proxy("get_attr", "training", (), {})
+        if module in self.frozen:
+            return False
+        path = self.path_of_module(module)
+        return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
     def refuse_assignments(self, model: nn.Module) -> None:
         """`self.buffer = f(x)` in a traced forward would be lost: the graph has no place for it."""
@@ -340,6 +283,23 @@ class Tracer(fx.Tracer):
                         f"{value.node.meta['where']}: assigns `{name}` of {path or 'the network'} in its forward; "
                         f"write it in place (self.{name}.copy_(...)) or keep the module whole (rule file: `leaf: true`)"
                     )
+
+        for node in self.decisions:
+            decided = self._held(node) if node in self._fixed else {}
+            for write in (n for n in self._fixed if decided and is_write(n)):
+                if both := decided.keys() & self._held(write, along=0):
+                    raise CaptureError(
+                        f"{node.meta['where']}: decides on {both.pop()}, which the forward itself writes to "
+                        f"({write.meta['where']}), so that a graph would do for ever what it did first; keep the "
+                        "module whole (rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
+                    )
+
+    def _held(self, node: fx.Node, along: int | None = None) -> dict[str, fx.Node]:
+        """The parameters and buffers that a node is computed from; along 0: that it is, or is a part of."""
+        if node.op == "get_attr":
+            return {str(node.target): node}
+        inputs = node.all_input_nodes[:1] if along == 0 else node.all_input_nodes
+        return {name: n for used in inputs for name, n in self._held(used, along).items()}
 
     # -- reporting ---------------------------------------------------------------------------------------------------
     def note(self, text: str) -> None:

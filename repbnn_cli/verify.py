@@ -181,7 +181,7 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
         if grad is not None and other is not None:
             delta = float((grad - other).abs().max() / grad.abs().max().clamp_min(1e-30))
         if not delta <= worst and not math.isnan(worst):
-            worst, where = delta, name
+            worst, where = delta, name if delta < float("inf") else f"{name}: a gradient on one side only"
     count = sum(grad is not None for grad in grads_a.values())
     summary = f"max |Δ| = {worst:.3g} ({where}) in training mode, {count} gradients compared"
     return Check("captured learns as source", worst <= 1e-5, summary, {"max": _finite(worst), "where": where})

@@ -100,6 +100,14 @@ class Walk:
             return []
         return [n for n in self._tensors(node) if self._made[n].state is not None]
 
+    def _size_taken(self, node: fx.Node) -> fx.Node | None:
+        """The expanded tensor whose whole size a node takes to make another: `torch.randn(x.size())`."""
+        for size in node.all_input_nodes:
+            of = size.args[0] if isinstance(size.meta["value"], torch.Size) and size.args else None
+            if isinstance(of, fx.Node) and of in self._made and self._made[of].state is not None:
+                return of if isinstance(node.meta["value"], Tensor) else None
+        return None
+
     @staticmethod
     def _tensors(node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes if holds_tensor(n.meta["value"])]

@@ -13,7 +13,9 @@ import torch
 from idiom_networks import Net, generic, refusal, transformed
 from networks import Sign, assert_same_outcome, conv, images
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from repbnn_cli import graph, rules, surgery, verify
 from repbnn_cli.errors import CaptureError
@@ -121,6 +123,67 @@ class Calls(Modes):
         return self.bn2(F.conv2d(Sign.apply(x), Sign.apply(self.second), padding=1)) + x
 
 
+class WithoutGradient(Modes):
+    """What a graph has no block for: a clamp of parameters, statistics of its own, a lesson from its own teacher."""
+
+    def setup(self) -> None:
+        self.register_buffer("mean", torch.zeros(1))
+        self.teacher, self.teacher_bn = conv(8, 8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            with torch.no_grad():
+                for module in self.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.weight.clamp_(0.1, 1.0)
+        x = self.bn0(self.stem(x))
+        y = self.body(x)
+        logits = self.fc(y.mean((2, 3)))
+        if not self.training:
+            return logits - self.mean
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(logits.mean() * 0.1)
+            lesson = self.teacher_bn(self.teacher(x))
+            with torch.enable_grad():
+                shifted = lesson + y
+        return logits, F.mse_loss(y, lesson) + shifted.mean()
+
+
+class Compared(Modes):
+    """`if self.training == True`, checkpointed in training."""
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training == True:  # noqa: E712
+            return super().body(checkpoint(F.hardtanh, x, use_reentrant=True) * 2)
+        return super().body(x)
+
+
+class Variables(Modes):
+    """As of 2017: `Variable`, a size as a whole, a new tensor that is filled with noise."""
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + Variable(torch.randn(x.size())) * 0.1 + x.new(x.size()).normal_() * 0.1
+        return super().body(Variable(x))
+
+
+class Mixed(Modes):
+    """Mixup: another order of the batch, drawn for its size."""
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = 0.7 * x + 0.3 * x[torch.randperm(x.size(0))]
+        return super().body(x)
+
+
+class Embedding(Modes):
+    """Features in eval mode, logits in training: the last convolution is the last layer in one of them alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(self.bn0(self.stem(x))).mean((2, 3))
+        return self.fc(y) if self.training else y
+
+
 class Clamped(Modes):
     """Writes into its parameters in training alone."""
 
@@ -135,6 +198,7 @@ class Clamped(Modes):
 
 KINDS = [
     StochasticDepth, Noise, EarlyReturn, Auxiliary, Features, Probabilities, MoreLayers, Calls, Clamped,
+    WithoutGradient, Compared, Variables, Mixed, Embedding,
 ]  # fmt: skip
 
 
@@ -168,7 +232,7 @@ def in_both_modes(model: nn.Module, beta: int = 2) -> tuple[Plan, KeptGraphModul
     return plan, surgery.apply(plan)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (Noise, Calls)])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (Noise, Calls, Variables, WithoutGradient)])
 def test_where_the_filters_that_share_a_channel_are_alike_training_is_the_source_s(kind: type[nn.Module]) -> None:
     """Closed form: a RepConv then gives β times the source's output, and a BatchNorm on batch statistics with hardly
     any ε takes the factor away. So both networks compute the same in training mode, masks of whole samples included."""
@@ -237,7 +301,144 @@ def test_a_rule_may_speak_of_what_training_alone_calls() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refused
+# Parts that stay in eval mode
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.norm(x), 0.5, self.training)
+        return x * 3 if self.training else x
+
+
+class Frozen(Modes):
+    """Keeps a part in eval mode, as teachers and the BatchNorms of detectors are kept."""
+
+    def setup(self) -> None:
+        self.part = Dropping()
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.part.eval()
+        return self
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.part(super().body(x))
+
+
+class FrozenWithBranch(Frozen):
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x * 2 if self.training else x)
+
+
+@pytest.mark.parametrize("kind", [Frozen, FrozenWithBranch])
+def test_what_a_network_keeps_in_eval_mode_stays_in_it(kind: type[nn.Module]) -> None:
+    model = made(kind)
+    plan, rep = in_both_modes(model)
+    assert verify.verify(model, plan, rep, gradients=True).passed
+    for network in (plan.network.module, rep, copy.deepcopy(rep)):
+        network.train()
+        assert [n for n, m in network.named_modules() if not m.training] == ["part", "part.norm"]
+        before = network.part.norm.running_mean.clone()
+        network(images())
+        assert torch.equal(network.part.norm.running_mean, before)
+        assert not any(m.training for m in network.eval().modules())
+    torch.manual_seed(1)
+    expected = model.train()(images())
+    torch.manual_seed(1)
+    assert torch.equal(plan.network.module.train()(images()), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a graph cannot follow: noted, or refused
+
+
+class Remembers(Modes):
+    """Counts what nothing depends on, and leaves a loss for the training script."""
+
+    def setup(self) -> None:
+        self.calls, self.loss = 0, None
+
+    def body(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = super().body(x)
+        self.loss = y.pow(2).mean()
+        return y
+
+
+def test_an_attribute_that_a_forward_sets_is_noted() -> None:
+    model = made(Remembers)
+    network = graph.capture(model, (3, 8, 8))
+    (note,) = network.notes
+    assert note.endswith(": sets loss, which the transformed network does not")
+    assert (model.calls, model.loss) == (0, None)
+    assert_same_outcome(model, network.module, images(), train=True)
+
+
+class Taught(Modes):
+    """A teacher inside the network, trained before."""
+
+    def setup(self) -> None:
+        self.teacher = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), conv(8, 8), conv(8, 8))
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        z = super().forward(x)
+        return (z, self.teacher(x).mean((2, 3))) if self.training else z
+
+
+def test_a_frozen_layer_that_becomes_a_rep_conv_is_noted() -> None:
+    plan = transformed(Taught)
+    assert [n for n in plan.notes if "frozen (requires_grad = False)" in n and "teacher.2" in n]
+    kept = transformed(Taught, 'rules: {teacher: {part: first_layer, match: {path: "teacher.*"}, apply: keep}}')
+    assert not [n for n in kept.notes if "frozen" in n]
+    assert not [e for e in kept.edits if e.path.startswith("teacher")]
+
+
+class WarmUp(Modes):
+    """A number that decides, in an attribute."""
+
+    def setup(self) -> None:
+        self.step = 0
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.step += 1
+            x = x * min(1.0, self.step / 100)
+        return super().body(x)
+
+
+class FirstBatch(Modes):
+    """A scale that the first batch sets; a graph would set it for ever."""
+
+    def setup(self) -> None:
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("done", torch.zeros(1, dtype=torch.bool))
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training and not self.done:
+            self.scale.data.copy_(x.abs().mean())
+            self.done.fill_(True)
+        return super().body(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (WarmUp, "the forward changes step, and the next one computes something else from it"),
+        (FirstBatch, "decides on done, which the forward itself writes to (test_modes.py:"),
+    ],
+)
+def test_what_a_graph_would_do_for_ever_is_refused(kind: type[nn.Module], says: str) -> None:
+    model = made(kind)
+    with pytest.raises(CaptureError) as caught:
+        graph.capture(model, (3, 8, 8))
+    assert says in str(caught.value)
+    as_before = made(kind).state_dict()
+    assert all(torch.equal(t, as_before[n]) for n, t in model.state_dict().items())
 
 
 class Coin(Modes):

@@ -32,7 +32,7 @@ def behind_elementwise(network: Network) -> Network:
     root = nn.Module()
     for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         root.__dict__[kind] = network.module.__dict__[kind]
-    module = KeptGraphModule(root, graph, class_name=str(network.module._get_name()))
+    module = KeptGraphModule(root, graph, class_name=type(network.module).__name__)
     graph.lint()
     return Network(module, network.example, network.notes)
 

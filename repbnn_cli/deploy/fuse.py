@@ -100,7 +100,7 @@ def fuse(network: Network, layers: Mapping[str, Layer], backend: Backend) -> Fus
     blocks = nn.ModuleList()
     tree.add_module(_FOLDER, blocks)
     graph = _Rewrite(matches, blocks, backend).graph_of(network.graph)
-    module = KeptGraphModule(tree, graph, class_name=f"Fused{network.module._get_name()}")
+    module = KeptGraphModule(tree, graph, class_name=f"Fused{type(network.module).__name__}")
     graph.lint()
     module.recompile()
     return Fused(module.eval(), matches, backend)

@@ -59,13 +59,13 @@ def data_folder() -> Path:
     return cache_folder() / "data"
 
 
-def open_data(spec: str, *, cache: Path | None = None) -> Dataset | ImageFolders:
+def open_data(spec: str) -> Dataset | ImageFolders:
     """The data set that ``spec`` names: ``load``'s, or the ImageNet-style folders of ``imagenet:FOLDER``."""
     name, path = _parsed(spec)
     if name == "imagenet":
         assert path is not None
         return open_folders(path)
-    return load(spec, cache=cache)
+    return load(spec)
 
 
 def load(spec: str, *, cache: Path | None = None) -> Dataset:

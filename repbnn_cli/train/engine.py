@@ -121,7 +121,9 @@ def finetune(
             part.to(device=device)
             if options.channels_last:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    guards.check(network, teacher, recipe, feed.example, len(dataset.classes))
+    outputs = guards.check(network, teacher, recipe, feed.example, len(dataset.classes))
+    if outputs and on_note is not None:
+        on_note(outputs)
     fingerprint = {
         "data": dataset.fingerprint,
         "recipe": recipe.text,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import repbnn_cli
 from repbnn_cli.errors import UsageError
+from repbnn_cli.graph import unchanged
+from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.logits import checked_logits
 from repbnn_cli.train import health
 from repbnn_cli.train.data import Dataset, ImageFolders
@@ -53,8 +55,13 @@ class Signals:
             signal.signal(number, handler)
 
 
-def check(network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example: Tensor, classes: int) -> None:
-    """Raises UsageError for what can be wrong with the arguments together; example: a few images, normalised."""
+def check(
+    network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example: Tensor, classes: int
+) -> str | None:  # fmt: skip
+    """Raises UsageError for what can be wrong with the arguments together; example: a few images, normalised.
+
+    What a person should know about the network's outputs in training, or None.
+    """
     for stage in recipe.stages:
         if stage.distillation.weight and teacher is None:
             wanted = stage.distillation.teacher
@@ -76,6 +83,14 @@ def check(network: nn.Module, teacher: nn.Module | None, recipe: Recipe, example
         with torch.no_grad():
             checked_logits(part.eval(), example, classes, name)
         part.train(training and part is network)
+    with unchanged(network), torch.no_grad():
+        returned = len(tensors_of(network.train()(example)))
+    if returned > 1:
+        return (
+            f"in training the network returns {returned} tensors; the loss is that of the first, so what only the "
+            "others depend on is not trained"
+        )
+    return None
 
 
 def environment(dataset: Dataset | ImageFolders, device: torch.device) -> dict[str, Any]:
