@@ -57,10 +57,10 @@ class OperatorWalk(Walk):
         if self._ends(node, rule, operator_name(node)):
             return
         if kind == "total" and rule is not None and rule.apply == "tile":
-            first = self._tensors(node)[0]
-            alike = len(self._expanded(node)) == len(self._tensors(node))
-            form = (lambda n: self._reordered(n, self._map(first))) if alike else self._as_folded
-            self._keep(node, self._copy_mapped(node, form, folded=not alike), None)
+            operands = self._tensors(node)
+            folded = any(self._made[n].state is None or isinstance(self._made[n].state, Folded) for n in operands)
+            form = self._as_folded if folded else (lambda n: self._reordered(n, self._map(operands[0])))
+            self._keep(node, self._copy_mapped(node, form, folded=folded), None)
         elif kind == "samples" and isinstance(node.args[0], fx.Node):
             self._need_rule(node, rule)
             self._keep(node, self._copy_mapped(node, self._as_tiled), self._map(node.args[0]))
