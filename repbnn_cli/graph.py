@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torch.fx.graph import PythonCode
 from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.functional import ConvolutionCall, as_modules
-from repbnn_cli.interception import interceptable
-from repbnn_cli.tracer import LeafPolicy, Tracer, explain, place_of
+from repbnn_cli.restoring import unchanged
+from repbnn_cli.tracer import place_of
+from repbnn_cli.tracing import Traced, TracingError, frozen_parts, in_both_modes
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
 
@@ -127,7 +128,7 @@ def capture(
         told = opinion(path, module)
         return path in whole or (path not in opened and is_leaf(module)) if told is None else told
 
-    def looked_into(traced: _Traced) -> _Traced:
+    def looked_into(traced: Traced) -> Traced:
         """The same with modules traced into that are more than one whole layer, as far as they let themselves."""
         nonlocal opened
         opened = [p for p, m in _worth_opening(model, traced.graph).items() if opinion(p, m) is None]
@@ -135,14 +136,14 @@ def capture(
             return traced
         how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
         try:
-            inside = _in_both_modes(model, examples, policy, shapes_only)
+            inside = in_both_modes(model, examples, policy, shapes_only)
             attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
             calls = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
             layered = [p for p in opened if any(f"{at}.".startswith(f"{p}.") for at in calls)]
             if layered == opened:
                 return inside
             opened = layered  # in the others no layer shows, so they had better stay whole
-            return _in_both_modes(model, examples, policy, shapes_only) if opened else traced
+            return in_both_modes(model, examples, policy, shapes_only) if opened else traced
         except CaptureError as error:
             attempts.append(f"{how}: {error}")
             return traced
@@ -151,7 +152,7 @@ def capture(
         while True:
             how = f"recorded, with {', '.join(whole)} kept whole" if whole else "recorded, every block traced into"
             try:
-                traced = _in_both_modes(model, examples, policy, shapes_only)
+                traced = in_both_modes(model, examples, policy, shapes_only)
                 break
             except TracingError as error:
                 attempts.append(f"{how}: {error}")
@@ -194,14 +195,6 @@ def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
     return {p: m for p, m in found.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
 
 
-class TracingError(CaptureError):
-    """`module`: dotted path of the module in whose forward it happened; "" for the network's own."""
-
-    def __init__(self, text: str, module: str) -> None:
-        super().__init__(text)
-        self.module = module
-
-
 def _may_stay_whole(model: nn.Module, path: str) -> bool:
     """Whether a module may be kept whole without being asked for: it hides no convolution."""
     return bool(path) and not any(kernel_like(p) for p in model.get_submodule(path).parameters())
@@ -224,101 +217,7 @@ def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: Tracin
     return error
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """in_training: of training mode, where that gives another graph."""
-
-    tracer: Tracer
-    graph: fx.Graph
-    constants: dict[str, Tensor]
-    in_training: _Traced | None = None
-
-
-def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False) -> _Traced:
-    tracer = Tracer(examples, leaf, shapes_only=shapes_only, frozen=frozenset(map(model.get_submodule, _frozen(model))))
-    before = _plain_attributes(model)
-    traced, after = _traced(model, tracer, {})
-    changed = {key: value for key, value in after.items() if key not in before or before[key] is not value}
-    for key, value in changed.items():
-        if isinstance(value, fx.Proxy):
-            where = value.node.meta["where"]
-            tracer.notes.append(f"{where}: sets {_dotted(key)}, which the transformed network does not")
-    counted = {key: value for key, value in changed.items() if type(before.get(key)) in (int, float, bool)}
-    if counted:  # a graph keeps them as they were: is the next forward another one?
-        again, _ = _traced(model, Tracer(examples, leaf, shapes_only=shapes_only, frozen=tracer.frozen), counted)
-        constants = zip(traced.constants.values(), again.constants.values(), strict=False)
-        if str(again.graph) != str(traced.graph) or not all(torch.equal(a, b) for a, b in constants):
-            raise CaptureError(
-                f"the forward changes {', '.join(map(_dotted, counted))}, and the next one computes something else "
-                "from it, which a graph cannot: keep it in a buffer that is written in place, or keep the module whole "
-                "(rule file: `modules: [{match: {type: ITS_CLASS}, leaf: true}]`)"
-            )
-    return traced
-
-
-def _traced(
-    model: nn.Module, tracer: Tracer, attributes: dict[tuple[str, str], Any]
-) -> tuple[_Traced, dict[tuple[str, str], Any]]:
-    """One trace, with some attributes set before it; and the plain attributes after it."""
-    with (
-        unchanged(model, parameters=not tracer.shapes_only),
-        torch.no_grad(),
-        interceptable(),
-        tracer.hidden_training_flags(model),
-    ):
-        for (path, name), value in attributes.items():
-            vars(model.get_submodule(path))[name] = value
-        try:
-            graph = tracer.trace(model)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise TracingError(explain(error, tracer), tracer.failed_in) from error
-        tracer.refuse_assignments(model)
-        # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
-        constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
-        constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}
-        return _Traced(tracer, graph, constants), _plain_attributes(model)
-
-
-def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """(path of the module, name) → value, of what a module holds beside tensors and modules."""
-    kept = ("training", *vars(nn.Module()))
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if name not in kept and not name.startswith("_tensor_constant") and type(value) is not Tensor
-    }
-
-
-def _dotted(key: tuple[str, str]) -> str:
-    return ".".join(filter(None, key))
-
-
-def _in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool) -> _Traced:
-    """A graph holds one branch of `if self.training`; where the modes take different ones there are two."""
-    traced = _trace(model, examples, policy, shapes_only)
-    if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
-        # it decides on values, or what it applies has to be looked at; zeros are not the network's
-        traced = _trace(model, examples, policy)
-    if not traced.tracer.mode_branches:
-        return traced
-    training = model.training
-    with unchanged(model):
-        model.train(not training)
-        other = _trace(model, examples, policy)
-    evaluated, trained = (other, traced) if training else (traced, other)
-    if trained.tracer.drawn:
-        raise CaptureError(
-            f"{trained.tracer.drawn[0]}: before this line a random number is drawn in training mode that no graph "
-            "holds, and what follows from it would stay as it fell; draw it for a size of the input "
-            "(`torch.rand(x.shape[0], 1, 1, 1)`), or move it into a module of its own"
-        )
-    return traced if str(evaluated.graph) == str(trained.graph) else replace(evaluated, in_training=trained)
-
-
-def assemble(model: nn.Module, traced: _Traced) -> KeptGraphModule:
+def assemble(model: nn.Module, traced: Traced) -> KeptGraphModule:
     """A GraphModule over the model's whole module tree: same names in the same order, called or not."""
     both = [traced, *filter(None, [traced.in_training])]
     called = {path for t in both for path in t.tracer.leaf_paths}
@@ -334,19 +233,10 @@ def assemble(model: nn.Module, traced: _Traced) -> KeptGraphModule:
         owner, _, name = path.rpartition(".")
         tree.get_submodule(owner).add_module(name, module)
     in_training = traced.in_training.graph if traced.in_training else None
-    return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, _frozen(model))
+    return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, frozen_parts(model))
 
 
-def _frozen(model: nn.Module) -> tuple[str, ...]:
-    """The modules that stay in eval mode when the network is trained, because its own `train` says so."""
-    if all(type(m).train is nn.Module.train for m in model.modules()):
-        return ()
-    with unchanged(model):
-        model.train()
-        return tuple(path for path, module in model.named_modules() if path and not module.training)
-
-
-def _own_constants(traced: _Traced) -> dict[str, Tensor]:
+def _own_constants(traced: Traced) -> dict[str, Tensor]:
     """The constants of the second of two graphs, under names that the first one's do not have."""
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target in traced.constants:
@@ -434,49 +324,6 @@ def _skeleton(module: nn.Module, path: str, called: Set[str], entered: Set[str])
         else:
             bare._modules[name] = _skeleton(child, below, called, entered)
     return bare
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Leaving the model as it was
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
-    """Restores attributes, tensors, modes and the random state on leaving, whatever a forward did to them.
-
-    parameters: False leaves parameters out, for networks known not to write theirs (a copy of each is kept otherwise).
-    """
-    attributes = [(m, _attributes(m)) for m in model.modules()]
-    tensors = [
-        (t, t.data, t.detach().clone())
-        for t in (*(model.parameters() if parameters else ()), *model.buffers())
-        if not t.is_meta
-    ]
-    with torch.random.fork_rng(devices=sorted({t.device.index or 0 for t, _, _ in tensors if t.is_cuda})):
-        try:
-            yield
-        finally:
-            for module, saved in attributes:
-                _restore(module, saved)
-            with torch.no_grad():
-                for tensor, data, value in tensors:
-                    # What was not written to need not be writable: `register_buffer("blur", kernel.expand(...))`.
-                    tensor.data = data if torch.equal(data, value) else data.copy_(value)
-
-
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Name → value, and what it holds where a forward could write into it (`self.history.append(x)`)."""
-    return {n: (v, copy.copy(v) if type(v) in (dict, list, set) else None) for n, v in module.__dict__.items()}
-
-
-def _restore(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
-    for name in set(module.__dict__) - set(saved):
-        del module.__dict__[name]
-    for name, (value, content) in saved.items():
-        module.__dict__[name] = value
-        if content is not None:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
 
 
 def _as_shapes(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.cpu_only import running
-from repbnn_cli.graph import Network, random_inputs, unchanged
+from repbnn_cli.graph import Network, random_inputs
 from repbnn_cli.probe import ConvCall, ConvCalls, facts
 from repbnn_cli.recognize import Layer
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.static import roots, static_nodes
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import subject_of

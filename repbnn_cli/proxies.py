@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from repbnn_cli.errors import CaptureError
 
-_CAPTURE = ("tracer", "proxies", "interception", "graph", "probe", "cpu_only", "legacy")
+_CAPTURE = ("tracer", "proxies", "interception", "tracing", "graph", "probe", "cpu_only", "legacy")
 _PACKAGE = tuple(str(Path(__file__).parent / f"{name}.py") for name in _CAPTURE)
 _TORCH_FILES = str(Path(torch.__file__).parent)
 INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "iand", "ior", "ixor", "ipow", "imod")

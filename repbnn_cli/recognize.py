@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import RulesError
 from repbnn_cli.functional import ConvolutionCall
-from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.graph import Network
 from repbnn_cli.inherit import layout, turned
 from repbnn_cli.probe import ConvFacts
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.rules import ModuleRule
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import roots, static_nodes

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from repbnn_cli.graph import Network, random_inputs, unchanged
+from repbnn_cli.graph import Network, random_inputs
+from repbnn_cli.restoring import unchanged
 
 
 def rows_per_sample(network: Network) -> dict[fx.Node, int]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from repbnn_cli.graph import KeptGraphModule, Network, unchanged
+from repbnn_cli.graph import KeptGraphModule, Network
 from repbnn_cli.plan import Plan
 from repbnn_cli.probe import ConvCalls, facts
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import execute, fetch, filled, hollow, known_shape, on_meta
 
 

@@ -20,7 +20,7 @@ from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.functional import ConvolutionCall
-from repbnn_cli.graph import KeptGraphModule, Network, unchanged
+from repbnn_cli.graph import KeptGraphModule, Network
 from repbnn_cli.hints import frozen, hints
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
@@ -28,6 +28,7 @@ from repbnn_cli.positions import ends, holds_tensor, other_layers, positions
 from repbnn_cli.probe import ConvCalls
 from repbnn_cli.recognize import Layer, recognize, type_names
 from repbnn_cli.rep_layers import REP_BATCH_NORMS, RepLayerNorm, make_rep
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.rewrite import Rewriter
 from repbnn_cli.rules import RuleSet, Subject
 from repbnn_cli.static import static_nodes

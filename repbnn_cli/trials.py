@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.graph import unchanged
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import fetch
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.cpu_only import running
-from repbnn_cli.graph import KeptGraphModule, random_inputs, unchanged
+from repbnn_cli.graph import KeptGraphModule, random_inputs
 from repbnn_cli.inherit import Columns, Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import fetch
 from repbnn_cli.wording import some
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repbnn_cli import graph, rules, surgery, verify
 from repbnn_cli.errors import RepbnnError
+from repbnn_cli.interception import interceptable
 from repbnn_cli.plan import Plan
 
 
@@ -84,7 +85,7 @@ def generic(model: nn.Module) -> nn.Module:
 def transformed(kind: type[nn.Module], rule_text: str = "", *, shape: Any = (3, 8, 8), beta: int = 2) -> Plan:
     """The plan, after the certificate passed with gradients."""
     torch.manual_seed(0)
-    with graph.interceptable():
+    with interceptable():
         model = generic(kind())
     rule_set = rules.loads(f"extends: reptran\n{rule_text}").with_options(beta=beta)
     network = graph.capture(model, shape, leaf=leaves(rule_set))

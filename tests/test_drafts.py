@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from repbnn_cli import drafts, graph, rules, source, surgery
+from repbnn_cli import drafts, rules, source, surgery
 from repbnn_cli.cli import app
+from repbnn_cli.interception import interceptable
 from repbnn_cli.source import Origin, Source
 
 
@@ -51,7 +52,7 @@ class Everything(Net):
 
 def everything() -> Source:
     torch.manual_seed(0)
-    with graph.interceptable():
+    with interceptable():
         model = generic(Everything())
     return Source(model, Origin(None, "net.py:make", {}, None, ((3, 8, 8),)), reason="written here")
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.graph import unchanged
 from repbnn_cli.probe import ConvCall, ConvCalls, applying
+from repbnn_cli.restoring import unchanged
 
 Pair = tuple[int, int]
 _TOLERANCE = 1e-5  # of the largest value; float32 rounding over one layer stays a decade below

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.deploy.forms import BinaryForm, binary_form
-from repbnn_cli.graph import Network, unchanged
+from repbnn_cli.graph import Network
 from repbnn_cli.kernels.blocks import Activation, PackedBlock
 from repbnn_cli.kernels.packing import pack_kernel
 from repbnn_cli.recognize import Layer
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import fetch
 
 _SUMS = (operator.add, operator.iadd, torch.add)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import repbnn_cli
 from repbnn_cli.errors import UsageError
-from repbnn_cli.graph import unchanged
 from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.logits import checked_logits
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.train import health
 from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.recipes import Recipe
