@@ -319,7 +319,7 @@ FUNCTIONS: Mapping[str, Handler] = {
         cos tan atan erf round floor ceil trunc frac where maximum minimum eq ne lt le gt ge logical_and logical_or
         logical_not logical_xor radd rsub rmul rtruediv rdiv rpow iadd isub imul itruediv ifloordiv ipow imod iand ior
         ixor masked_fill nan_to_num heaviside isnan isinf isfinite and or xor invert bitwise_and bitwise_or bitwise_not
-        mod remainder fmod bernoulli rand_like randn_like
+        mod remainder fmod bernoulli uniform normal rand_like randn_like
         repbnn._STESign.apply repbnn._ApproxSign.apply repbnn._EDESign.apply
         repbnn._RBNNSign.apply repbnn._GateStep.apply
         """,

@@ -19,13 +19,14 @@ import torch
 import train_examples
 from networks import transformed
 from PIL import Image
-from train_examples import TEXT, recipe, run, tiny, toy
+from torch import Tensor
+from train_examples import TEXT, Tiny, recipe, run, tiny, toy
 
 from repbnn_cli import checkpoint, result, rules, source, surgery, zoo
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d, RBNNConv2d, ReCUConv2d
 from repbnn_cli.errors import DataError, DivergedError, RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
-from repbnn_cli.train import data, engine, feeds, health, recipes, state
+from repbnn_cli.train import data, engine, feeds, guards, health, recipes, state
 from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.reconstruct import Fitted
 from repbnn_cli.train.state import Position, Run
@@ -445,3 +446,25 @@ def test_half_precision_is_not_trained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^stem.weight: is in float16, in which training loses the small steps"):
         run(tmp_path / "run", network=tiny().half())
     assert not (tmp_path / "run").exists()
+
+
+class TwoHeads(Tiny):
+    """A second head in training, whose loss is the training script's."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return [logits, logits * 2] if self.training else logits
+
+
+def test_outputs_that_nothing_is_learned_from_are_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    torch.manual_seed(0)
+    network = TwoHeads()
+    before = {name: tensor.clone() for name, tensor in network.bn1.named_buffers()}
+    text = "in training the network returns 2 tensors; the loss is that of the first"
+    assert str(guards.check(network, None, recipe(), torch.randn(2, 3, 8, 8), 4)).startswith(text)
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.bn1.named_buffers())
+    run(tmp_path / "run", "epochs=2", network=network, on_note=said.append)
+    assert any(note.startswith(text) for note in said)
+    assert guards.check(tiny(), None, recipe(), torch.randn(2, 3, 8, 8), 4) is None
