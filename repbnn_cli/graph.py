@@ -60,6 +60,11 @@ class Network:
         return self.module.graph
 
     @property
+    def modes(self) -> tuple[Network, ...]:
+        """The network with each of its graphs: this one, and that of training mode where there is one."""
+        return (self,) if self.in_training is None else (self, self.in_training)
+
+    @property
     def batch(self) -> int:
         return self.example[0][0]
 

@@ -12,8 +12,7 @@ from repbnn_cli.wording import some
 
 def never_called(network: Network) -> list[str]:
     """Modules with a kernel of their own that the captured forward does not reach."""
-    graphs = [n.graph for n in (network, network.in_training) if n is not None]
-    reached = {str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    reached = {str(n.target) for m in network.modes for n in m.graph.nodes if n.op in ("call_module", "get_attr")}
 
     def within(path: str) -> bool:
         return any(f"{path}.".startswith(f"{r}.") or r.startswith(f"{path}.") for r in reached)

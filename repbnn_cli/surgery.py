@@ -76,11 +76,10 @@ def _identity(network: Network, layers: dict[str, Layer], rules: RuleSet) -> Pla
 
 def _walks(network: Network, layers: dict[str, Layer], rules: RuleSet, apart: Collection[str] = ()) -> list[Rewriter]:
     """A walk over each of the network's graphs: of eval mode, of training mode where that is another one."""
-    networks = [n for n in (network, network.in_training) if n is not None]
-    found = _agreed([subjects(n, layers) for n in networks])
+    found = _agreed([subjects(n, layers) for n in network.modes])
     options, taken = rules.options, set[str]()
     walks: list[Rewriter] = []
-    for one, own in zip(networks, found, strict=True):
+    for one, own in zip(network.modes, found, strict=True):
         assigned = rules.assign(own, [subject for other in found if other is not own for subject in other])
         walk = Rewriter(
             one, layers, assigned, beta=options.beta, inherit=options.inherit, last_layer=options.last_layer,
@@ -365,8 +364,7 @@ def _trial(module: nn.Module, edit: ModuleEdit, network: Network, *, axis: int) 
 
 
 def _call_of(path: str, network: Network) -> fx.Node:
-    graphs = [n.graph for n in (network, network.in_training) if n is not None]
-    nodes: Iterable[fx.Node] = itertools.chain(*(graph.nodes for graph in graphs))
+    nodes: Iterable[fx.Node] = itertools.chain(*(mode.graph.nodes for mode in network.modes))
     return next(n for n in nodes if n.op == "call_module" and n.target == path)
 
 

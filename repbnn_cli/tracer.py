@@ -273,8 +273,9 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(module)
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
-    def refuse_assignments(self, model: nn.Module) -> None:
-        """`self.buffer = f(x)` in a traced forward would be lost: the graph has no place for it."""
+    def refuse_what_is_lost(self, model: nn.Module) -> None:
+        """`self.buffer = f(x)` in a traced forward: the graph has no place for it. And a decision that the forward
+        itself will change, which a graph takes once."""
         kept = {operator.setitem, set_data, *(getattr(operator, n) for n in INPLACE)}
         for path, module in model.named_modules():
             for name, value in (*module._buffers.items(), *module._parameters.items()):

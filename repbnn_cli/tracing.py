@@ -78,7 +78,7 @@ def _once(
             raise
         except Exception as error:
             raise TracingError(explain(error, tracer), tracer.failed_in) from error
-        tracer.refuse_assignments(model)
+        tracer.refuse_what_is_lost(model)
         # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
         constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
         constants |= {n: v for n, v in model._buffers.items() if n.startswith("_tensor_constant") and v is not None}

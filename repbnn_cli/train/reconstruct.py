@@ -219,14 +219,17 @@ class _Fitting:
             return unfoldable(twin, self.source)
         return step.state is None or isinstance(step.state, Tiled)
 
+    def _unfolds(self, unit: list[fx.Node]) -> bool:
+        """Whether the replicas of the unit's last value are among the samples, where they can become channels again."""
+        folded = isinstance(self.plan.steps[self.twin[unit[-1].name].name].state, Folded)
+        return folded and not self.plan.layers[str(unit[0].target)].last_axis
+
     def _state(self, unit: list[fx.Node]) -> State:
-        """The unit's last value as `_end` gives it: replicas among the samples are channels again, unless these come
-        last."""
+        """Of the unit's last value as `_end` gives it."""
         twin = self.twin[unit[-1].name]
-        state = self.plan.steps[twin.name].state
-        if isinstance(state, Folded) and not self.plan.layers[str(unit[0].target)].last_axis:
+        if self._unfolds(unit):
             return plain(twin.meta["value"].shape[1], self.plan.beta)
-        return state
+        return self.plan.steps[twin.name].state
 
     def _wanted(self, unit: list[fx.Node], first: int | None = None) -> list[Tensor]:
         """The source's values at the unit's end, with the channels that the Rep network has there.
@@ -283,12 +286,7 @@ class _Fitting:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             local[node] = execute(self.rep, node, args, kwargs)
         result: Tensor = local[unit[-1]]
-        among_samples = isinstance(self.plan.steps[self.twin[unit[-1].name].name].state, Folded)
-        return (
-            rep_layers.unfold(result, self.plan.beta)
-            if among_samples and isinstance(self._state(unit), Tiled)
-            else result
-        )
+        return rep_layers.unfold(result, self.plan.beta) if self._unfolds(unit) else result
 
     def _norm(self, unit: list[fx.Node]) -> _BatchNorm | None:
         """The BatchNorm right behind the convolution, where it has scale and shift."""
