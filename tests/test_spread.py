@@ -12,6 +12,7 @@ from networks import Residual, conv, transformed
 from torch import Tensor, nn
 from train_examples import OWN_NETWORK, own_network
 
+from repbnn_cli import zoo
 from repbnn_cli.channels import Tiled
 from repbnn_cli.cli import run
 from repbnn_cli.errors import UsageError
@@ -130,17 +131,36 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_inherited_weights_are_fitted_apart(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model", "net.py:make", "--data", "digits"]
     assert run(["transform", "own.pt", *own[:2], "--input-size", "3x32x32", "-o", "fold.pt"]) == 0
-    fit = ["--fit", "20", "--images", "256", "--spread", "0.5"]
+    fit = ["--fit", "20", "--images", "256"]
+    assert run(["calibrate", "fold.pt", *own, *fit, "--spread", "0", "-o", "together.pt"]) == 0
+    assert "spread" not in torch.load("together.pt", weights_only=True)["training"]["inherited"]
+    assert "apart" not in capsys.readouterr().err
     assert run(["calibrate", "fold.pt", *own, *fit, "-o", "apart.pt"]) == 0
+    assert "256 training images, replicas ±0.5 standard deviations apart" in capsys.readouterr().err
     prepared = torch.load("apart.pt", weights_only=True)["training"]["inherited"]
     assert (prepared["spread"], prepared["fit_steps"]) == (0.5, 20)
-    capsys.readouterr()
     assert run(["report", "apart.pt", *own[:2], "--markdown"]) == 0
     assert "aimed from -0.5 to 0.5 standard deviations of it beside the source's" in capsys.readouterr().out
-    assert run(["calibrate", "apart.pt", *own, *fit, "-o", "again.pt"]) == 2
+    assert run(["calibrate", "apart.pt", *own, *fit, "--spread", "0.5", "-o", "again.pt"]) == 2
     assert "but this network was fitted before\n" in capsys.readouterr().err
     quick = ["--set", "augmentation=none", "--set", "batch=256", "--epochs", "1", "--run-dir", "r"]
-    assert run(["finetune", "fold.pt", *own, "--fit", "2", "--spread", "0.5", *quick]) == 0
+    assert run(["finetune", "fold.pt", *own, "--fit", "2", *quick]) == 0
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]  # what was inherited is measured
     assert json.loads(Path("r/environment.json").read_text())["network"]["spread"] == 0.5
+    assert run(["finetune", "apart.pt", *own, *quick[:-1], "again"]) == 0
+    assert json.loads(Path("again/environment.json").read_text())["network"]["spread"] == 0.5
+
+
+def test_a_network_without_quantised_values_has_no_thresholds_to_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `digits`")
+    monkeypatch.chdir(tmp_path)
+    torch.save(zoo.build("resnet20").state_dict(), "float.pth")
+    assert run(["transform", "float.pth", "--arch", "resnet20", "--inherit", "fold", "-o", "float.pt"]) == 0
+    quick = ["--data", "digits", "--batches", "1", "--fit", "1", "--images", "16"]
+    assert run(["calibrate", "float.pt", *quick, "--spread", "0.5"]) == 2
+    assert "--spread: no layer of this network quantises what it takes" in capsys.readouterr().err
+    assert run(["calibrate", "float.pt", *quick]) == 0
+    assert "spread" not in torch.load("float-calibrated.pt", weights_only=True)["training"]["inherited"]

@@ -59,10 +59,11 @@ EvaluationBackend = Annotated[
     str, typer.Option("--backend", help="Kernels of binary convolutions: torch, int8 (CPU), triton (fused), or auto.")
 ]
 Spread = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--spread", min=0,
-        help="Start the copies of a channel with different thresholds, up to ±SPREAD standard deviations; try 0.75.",
+        help="Start the copies of a channel with different thresholds, up to ±SPREAD standard deviations "
+        "(default: from scratch 0, try 0.75; in a fit 0.5).",
     ),
 ]  # fmt: skip
 TrainingBackend = Annotated[

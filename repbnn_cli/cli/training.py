@@ -92,7 +92,7 @@ def finetune(
             help="Adam steps per convolution that first fit inherited weights to the source network (default: 200).",
         ),
     ] = None,
-    spread: Spread = 0.0,
+    spread: Spread = None,
     arch: Arch = None,
     model: Model = None,
     model_args: ModelArgs = None,
@@ -198,8 +198,11 @@ def calibrate_command(
         typer.Option("--fit", min=0, help="Adam steps per convolution that fit it to the source network's; 0: none."),
     ] = 200,
     spread: Annotated[
-        float, typer.Option("--spread", min=0, help="Targets of replicas ±SPREAD standard deviations apart in the fit.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--spread", min=0, help="In the fit replicas aim ±SPREAD standard deviations apart (default: 0.5)."
+        ),
+    ] = None,
     images: Annotated[
         int, typer.Option("--images", min=1, help="Training images to fit on, as far as memory allows.")
     ] = 2048,

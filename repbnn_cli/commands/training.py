@@ -23,7 +23,7 @@ from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory,
 from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.train.download import download
 from repbnn_cli.train.imagenet import Damages
-from repbnn_cli.train.inheritance import Preparation, spreadable
+from repbnn_cli.train.inheritance import APART, Preparation, spreadable
 from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
@@ -34,7 +34,7 @@ _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float | None, teacher: str | None,
-    teacher_arch: str | None, teacher_model: str | None, calibrate: int | None, fit: int | None, spread: float,
+    teacher_arch: str | None, teacher_model: str | None, calibrate: int | None, fit: int | None, spread: float | None,
     origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str,
     gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -55,7 +55,7 @@ def finetune(
     if output is not None and Path(output).suffix == ".safetensors" and pupil.opened is None:
         raise UsageError(f"-o {output}: a network that is no RepBNN is written by torch.save; name it .pth")
     weight = [f"distillation.weight={distill}"] if distill is not None else []
-    chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=spread)
+    chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=bool(spread))
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
     prepare = _spreading(pupil, spread) if spread and not pupil.inherited else None
@@ -76,8 +76,8 @@ def finetune(
             prepare = _preparation(pupil, batches=calibrate, fit=fit, spread=spread, alone=ranks.size == 1)
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
-            prepare=prepare,
-            package=pupil.package(), about=pupil.facts() | ({"spread": spread} if spread else {}),
+            prepare=prepare, package=pupil.package(),
+            about=pupil.facts() | ({"spread": prepare.spread} if prepare and prepare.spread else {}),
             options=engine.Options(
                 save_every=save_every, workers=workers, eval_batch=eval_batch, cuda_graph=cuda_graph,
                 backend=running.name, gradients=gradients, compile=compile_mode,
@@ -92,7 +92,7 @@ def finetune(
 
 
 def _recipe(
-    pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[str], stages: list[str], spread: float
+    pupil: Pupil, named: str | None, *, epochs: int | None, sets: list[str], stages: list[str], spread: bool
 ) -> Recipe:
     """The recipe named, else the network's default, which is then said; with what the command line changes."""
     chosen = recipes.load(named, pupil.origin.arch) if named else recipes.for_network(pupil.origin)
@@ -180,8 +180,8 @@ def evaluate(
 
 
 def calibrate(
-    target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float, images: int,
-    device: str, output: str | None, force: bool, model: str | None, as_json: bool,
+    target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float | None,
+    images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     path = Path(targets.result_or_newest(target))
@@ -226,11 +226,11 @@ def _spreading(pupil: Pupil, spread: float) -> Preparation:
 
 
 def _preparation(
-    pupil: Pupil, *, batches: int, fit: int, spread: float, images: int = Preparation.images, alone: bool = True
+    pupil: Pupil, *, batches: int, fit: int, spread: float | None, images: int = Preparation.images, alone: bool = True
 ) -> Preparation:  # fmt: skip
     """What the weights of a result still have to go through, and why less than asked for; alone: in one process.
 
-    Raises UsageError for a spread without the fit that makes it.
+    spread: None for that of a fit, where there is one. Raises UsageError for a spread without the fit that makes it.
     """
     assert pupil.opened is not None
     reason = None
@@ -252,7 +252,11 @@ def _preparation(
     if fit and reason is not None:
         views.say(f"not fitted to the source network: {reason}")
     plan = pupil.opened.plan if fit and reason is None else None
-    return Preparation(batches, plan, fit, images, spread, on_note=views.say, on_unit=lambda u: views.say(
+    quantised = plan is not None and any(layer.activation_bits < 32 for layer in plan.layers.values())
+    if spread and not quantised:
+        raise UsageError("--spread: no layer of this network quantises what it takes, so it has no thresholds to part")
+    width = (APART if quantised else 0.0) if spread is None else spread
+    return Preparation(batches, plan, fit, images, width, on_note=views.say, on_unit=lambda u: views.say(
         run_views.fitted_line(u.path, u.before, u.after)))  # fmt: skip
 
 

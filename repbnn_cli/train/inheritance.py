@@ -24,6 +24,9 @@ from repbnn_cli.train.feeds import Feed
 from repbnn_cli.train.reconstruct import Fitted
 from repbnn_cli.wording import some
 
+APART = 0.5
+"""Standard deviations by which replicas aim beside the source's values in a fit, if not said; docs/inheritance.md."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -65,6 +68,7 @@ class Preparation:
             count = sum(map(len, batches))
             if self.on_note is not None:
                 steps = f"{self.fit} steps per convolution, {count:,} training images"
+                steps += f", replicas ±{self.spread:g} standard deviations apart" if self.spread else ""
                 self.on_note(f"fitting to the source network: {steps}")
 
             def heard(unit: Fitted) -> None:

@@ -9,7 +9,7 @@ here, one convolution after the other in the order of the forward, so that the s
 e is the last value that the convolution alone decides on: behind its BatchNorm, its sum with the bypass, its
 activation. x is what the layers before, fitted already, really give, so each layer also makes up for the errors of
 those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way.
-On request the targets of a channel's replicas are set apart, so that each replica has a threshold of its own.
+The targets of a channel's replicas may be set apart, so that each replica has a threshold of its own.
 docs/inheritance.md has what it is worth.
 """
 
@@ -39,7 +39,8 @@ from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
-_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU)
+_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU,
+            rep_layers.Repeat)
 _FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
               F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
               rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
@@ -80,7 +81,8 @@ def reconstruct(
 
     steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
     keep what they inherited. spread: replicas of a channel aim from so many of its standard deviations below the
-    source's values to so many above. Afterwards rep is in eval mode.
+    source's values to so many above, where what follows the convolution can shift one and not the others.
+    Afterwards rep is in eval mode.
     """
     rep.eval()
     plan.network.module.eval()
@@ -150,13 +152,16 @@ class _Fitting:
         outer = {n for member in unit for n in member.all_input_nodes if n not in unit and n.op != "get_attr"}
         for node in outer:
             self._available(node)
-        wanted = self._apart(unit, self._wanted(unit))
+        wanted = self._wanted(unit)
+        apart = self._parts(unit)
+        if apart:
+            wanted = self._apart(unit, wanted)
         modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
         norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
         with _training(modules, parameters):
             self._start_norms(unit)
-            if self.spread:
+            if apart:
                 self._centre(unit, wanted)
             before = self._missed(unit, wanted)
             optimizer = torch.optim.Adam([{"params": [p], "lr": _rate(p)} for p in parameters])
@@ -245,11 +250,19 @@ class _Fitting:
         index = torch.tensor(state.index, device=found[0].device)
         return [value.index_select(1, index) for value in found]
 
+    def _parts(self, unit: list[fx.Node]) -> bool:
+        """Whether the targets of replicas are to be apart: on request, where the unit has a shift for each replica."""
+        state, beta = self._state(unit), self.plan.beta
+        if not self.spread or not isinstance(state, Tiled) or len(set(state.replica)) < beta:
+            return False
+        modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
+        named = [pair for module in modules for pair in module.named_parameters()]
+        return any(name.endswith("bias") and p.numel() == len(state.index) for name, p in named)
+
     def _apart(self, unit: list[fx.Node], wanted: list[Tensor]) -> list[Tensor]:
         """The targets with those of a source channel's replicas apart, within the range of the source's values."""
         state = self._state(unit)
-        if not self.spread or not isinstance(state, Tiled) or len(set(state.replica)) < self.plan.beta:
-            return wanted
+        assert isinstance(state, Tiled), state
         few = torch.cat(wanted[:_FEW])
         deviation = few.std(_all_but_channels(few), correction=0)
         steps = torch.linspace(-self.spread, self.spread, self.plan.beta, device=few.device)
