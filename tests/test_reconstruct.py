@@ -14,12 +14,11 @@ from train_examples import tiny
 
 import repbnn_cli
 from repbnn_cli import binary_conv, rep_layers, zoo
-from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Folded, Tiled, plain
 from repbnn_cli.cli import run
 from repbnn_cli.errors import DivergedError
 from repbnn_cli.plan import Plan
-from repbnn_cli.train import reconstruct
+from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.measure import estimating
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
@@ -201,6 +200,48 @@ def test_statistics_are_those_of_what_arrives_at_each_batch_norm() -> None:
         copies = len(norm.running_mean) // len(mean)
         torch.testing.assert_close(norm.running_mean, mean.repeat(copies), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var, var.repeat(copies), rtol=1e-4, atol=1e-5)
+
+
+class OwnNorm(nn.Module):
+    """BatchNorm as research code writes it; by hand, and with numbers of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            with torch.no_grad():
+                self.running_mean.mul_(0.5).add_(mean, alpha=0.5)
+                self.running_var.mul_(0.5).add_(var, alpha=0.5)
+        turned = (1, -1, 1, 1)
+        x = (x - mean.view(turned)) / (var.view(turned) + 1e-5).sqrt()
+        return x * self.gamma.view(turned) + self.beta.view(turned)
+
+
+def test_a_normalisation_of_the_users_own_is_fitted_and_its_statistics_follow() -> None:
+    model = tiny()
+    model.bn2 = OwnNorm(8)
+    plan, rep = transformed(model)
+    assert isinstance(rep, fx.GraphModule)
+    given = batches()
+    (unit, _) = reconstruct.reconstruct(plan, rep, given, steps=60)
+    assert unit.after < unit.before
+    norm = rep.get_submodule("bn2")
+    assert not torch.equal(norm.get_parameter("gamma"), torch.ones(16))
+    assert measure.calibrate(rep, [(given[0], torch.zeros(16))] * 40, 40) == 40
+    arrived: list[Tensor] = []
+    norm.register_forward_hook(lambda _, inputs, __: arrived.append(inputs[0]))
+    with torch.no_grad():
+        rep.eval()(given[0])
+    (x,) = arrived
+    assert not norm.training
+    torch.testing.assert_close(norm.get_buffer("running_mean"), x.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.get_buffer("running_var"), x.var((0, 2, 3)))
 
 
 def test_no_more_images_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def test_calibration_is_the_plain_average_over_the_batches() -> None:
     torch.testing.assert_close(network[1].running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0))
     assert network[1].momentum == 0.1
     assert [m.training for m in network] == [True, True, False]
+    assert measure.calibrate(nn.Sequential(network[0]), batches, 3) == 0  # has no statistics
     with pytest.raises(UsageError, match=r"^calibrate: saw no batch of the 3 asked for"):
         measure.calibrate(network, [], 3)
 

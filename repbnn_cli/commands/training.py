@@ -212,7 +212,8 @@ def calibrate(
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
     views.say(*views.left_out_lines(place, pupil.opened.payload))
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
-    views.say(f"BatchNorm estimated anew on {inherited['calibrated_batches']} batches; wrote {place}")
+    seen = inherited["calibrated_batches"]
+    views.say((f"BatchNorm estimated anew on {seen} batches; " if seen else "") + f"wrote {place}")
 
 
 def _spreading(pupil: Pupil, spread: float) -> Preparation:

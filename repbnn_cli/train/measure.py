@@ -18,6 +18,7 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.logits import checked_logits, logits_of
 from repbnn_cli.train.ranks import Ranks
 
+RUNNING = ("running_mean", "running_var")
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
 
@@ -68,13 +69,14 @@ def evaluate(
 
 @torch.no_grad()
 def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
-    """Estimates all BatchNorm running statistics anew: plain averages over the first n batches, which it returns.
+    """Estimates all running statistics of normalisations anew, over the first n batches; how many it saw.
 
-    Only BatchNorms are in training mode meanwhile, so that nothing random runs; modes and momenta are as before
-    afterwards. Every layer sees the batch statistics of those before it, as in training.
+    0 for a network without any. Only normalisations are in training mode meanwhile, so that nothing random runs; modes
+    and momenta are as before afterwards. Every layer sees the batch statistics of those before it, as in training.
     """
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-    seen = 0
+    norms, seen = norms_of(network), 0
+    if not norms:
+        return 0
     with _modes_kept(network):
         network.eval()
         with estimating(norms):
@@ -86,18 +88,32 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
     return seen
 
 
+def norms_of(module: nn.Module) -> list[nn.Module]:
+    """The normalisations in it that keep running statistics: torch's, and classes of the user's own."""
+    return [m for m in module.modules() if any(isinstance(getattr(m, n, None), Tensor) for n in RUNNING)]
+
+
 @contextmanager
-def estimating(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Meanwhile running statistics start over as plain averages over the batches that come by; modes return after."""
-    kept = [(norm, norm.momentum, norm.training) for norm in norms if norm.running_mean is not None]
-    for norm, _, _ in kept:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
+def estimating(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Meanwhile running statistics follow the batches that come by; modes return after.
+
+    torch's BatchNorms start over, as plain averages; the user's own go on from where they are, in their own way.
+    """
+    norms = list(norms)
+    modes = [norm.training for norm in norms]
+    momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, _BatchNorm)]
+    for averaged, _ in momenta:
+        averaged.reset_running_stats()
+        averaged.momentum = None
+    for norm in norms:
+        norm.training = True
     try:
         yield
     finally:
-        for norm, momentum, training in kept:
-            norm.momentum, norm.training = momentum, training
+        for norm, training in zip(norms, modes, strict=True):
+            norm.training = training
+        for averaged, momentum in momenta:
+            averaged.momentum = momentum
 
 
 def device_of(network: nn.Module) -> torch.device:

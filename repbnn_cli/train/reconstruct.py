@@ -36,11 +36,21 @@ from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.tracer import execute, fetch
-from repbnn_cli.train.measure import estimating
+from repbnn_cli.train.measure import estimating, norms_of
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
-_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU,
-            rep_layers.Repeat)
+_MODULES = (
+    _BatchNorm,
+    nn.Hardtanh,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.PReLU,
+    nn.LeakyReLU,
+    nn.Identity,
+    LearnableBias,
+    RPReLU,
+    rep_layers.Repeat,
+)
 _FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
               F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
               rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
@@ -81,7 +91,7 @@ def reconstruct(
 
     steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
     keep what they inherited. spread: replicas of a channel aim from so many of its standard deviations below the
-    source's values to so many above, where what follows the convolution can shift one and not the others.
+    source's values to so many above, where a BatchNorm behind the convolution has a shift for each of them.
     Afterwards rep is in eval mode.
     """
     rep.eval()
@@ -158,7 +168,7 @@ class _Fitting:
             wanted = self._apart(unit, wanted)
         modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
-        norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+        norms = [m for module in modules for m in norms_of(module)]
         with _training(modules, parameters):
             self._start_norms(unit)
             if apart:
@@ -204,7 +214,9 @@ class _Fitting:
 
     def _continues(self, node: fx.Node, chain: list[fx.Node]) -> bool:
         if node.op == "call_module":
-            fits = isinstance(fetch(self.rep, str(node.target)), _MODULES)
+            layer = self.plan.layers.get(str(node.target))
+            own = layer is not None and layer.role == "per_channel" and not (layer.per_replica or layer.last_axis)
+            fits = own or isinstance(fetch(self.rep, str(node.target)), _MODULES)
         elif node.op == "call_function":
             fits = node.target in _FUNCTIONS
         else:
@@ -251,13 +263,11 @@ class _Fitting:
         return [value.index_select(1, index) for value in found]
 
     def _parts(self, unit: list[fx.Node]) -> bool:
-        """Whether the targets of replicas are to be apart: on request, where the unit has a shift for each replica."""
-        state, beta = self._state(unit), self.plan.beta
-        if not self.spread or not isinstance(state, Tiled) or len(set(state.replica)) < beta:
+        """Whether the targets of replicas are to be apart: on request, where a BatchNorm has a shift for each."""
+        state, norm = self._state(unit), self._norm(unit)
+        if not self.spread or norm is None or not isinstance(state, Tiled):
             return False
-        modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
-        named = [pair for module in modules for pair in module.named_parameters()]
-        return any(name.endswith("bias") and p.numel() == len(state.index) for name, p in named)
+        return len(set(state.replica)) == self.plan.beta and len(norm.bias) == len(state.index)
 
     def _apart(self, unit: list[fx.Node], wanted: list[Tensor]) -> list[Tensor]:
         """The targets with those of a source channel's replicas apart, within the range of the source's values."""
@@ -346,8 +356,7 @@ class _Fitting:
         """Estimates the statistics of a BatchNorm outside of any unit when its input is there."""
         if node.op != "call_module" or str(node.target) in self.settled:
             return
-        module = fetch(self.rep, str(node.target))
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        norms = norms_of(fetch(self.rep, str(node.target)))
         if norms:
             with estimating(norms):
                 for chunk in range(self.chunks):
