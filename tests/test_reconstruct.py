@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Residual, randomize, transformed
+from networks import Residual, conv, randomize, transformed
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from train_examples import tiny
@@ -113,6 +113,26 @@ def test_the_targets_of_replicas_may_be_apart(kind: type[nn.Module]) -> None:
         for replica, side in enumerate((-spread, spread)):
             channels = [c for c, q in enumerate(state.replica) if q == replica]
             torch.testing.assert_close(off[channels], torch.full((len(channels),), side), rtol=0, atol=0.1)
+
+
+class Shared(Residual):
+    """One activation with slopes in both places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(F.hardtanh(self.bn(self.stem(x))))))
+        return self.fc(F.adaptive_avg_pool2d(self.act(self.bn4(self.conv4(x))), 1).flatten(1))
+
+
+def test_what_two_parts_share_is_fitted_to_neither() -> None:
+    model = Shared()
+    model.conv4, model.bn4, model.act = conv(8, 8), nn.BatchNorm2d(8), nn.PReLU(8)
+    model.fc = nn.Linear(8, 5)
+    plan, rep = made(model)
+    slopes = rep.get_parameter("act.weight").clone()
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=10)
+    assert [unit.path for unit in units] == ["conv1", "conv4", "fc"]
+    assert torch.equal(rep.get_parameter("act.weight"), slopes)
+    assert not torch.equal(rep.get_parameter("bn4.weight"), torch.ones(16))
 
 
 def test_targets_are_not_apart_where_replicas_share_their_shifts() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,10 +130,11 @@ class _Fitting:
         self.done: list[Fitted] = []
         by_name = {node.name: node for node in self.source.graph.nodes}
         self.twin = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
-        calls = [str(n.target) for n in rep.graph.nodes if n.op == "call_module"]
+        self.uses = Counter(str(n.target) for n in rep.graph.nodes if n.op in ("call_module", "get_attr"))
         fitted = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs") and e.layout is None}
-        once = {path for path in fitted if calls.count(path) == 1}
-        self.waiting = {n for n in rep.graph.nodes if n.op == "call_module" and n.target in once}
+        self.waiting = {
+            n for n in rep.graph.nodes if n.op == "call_module" and n.target in fitted and self.uses[n.target] == 1
+        }
         self.values: dict[fx.Node, Chunks] = {}
         self.targets: dict[fx.Node, Chunks] = {}
         self.unused = last_uses(rep.graph)
@@ -216,7 +218,9 @@ class _Fitting:
         if node.op == "call_module":
             layer = self.plan.layers.get(str(node.target))
             own = layer is not None and layer.role == "per_channel" and not (layer.per_replica or layer.last_axis)
-            fits = own or isinstance(fetch(self.rep, str(node.target)), _MODULES)
+            module = fetch(self.rep, str(node.target))
+            fits = own or isinstance(module, _MODULES)
+            fits &= self.uses[str(node.target)] == 1 or not module.state_dict()  # else a part fitted before has it, too
         elif node.op == "call_function":
             fits = node.target in _FUNCTIONS
         else:
@@ -291,8 +295,9 @@ class _Fitting:
     def _parameters(self, unit: list[fx.Node], modules: list[nn.Module]) -> list[Tensor]:
         named = [p for module in modules for p in module.parameters()]
         named += [
-            fetch(self.rep, str(n.target)) for member in unit for n in member.all_input_nodes if n.op == "get_attr"
-        ]
+            fetch(self.rep, str(n.target)) for member in unit for n in member.all_input_nodes
+            if n.op == "get_attr" and self.uses[str(n.target)] == 1
+        ]  # fmt: skip
         unique = {id(p): p for p in named if isinstance(p, nn.Parameter)}
         return list(unique.values())
 
