@@ -48,7 +48,7 @@ class Variant(BaseModel):
     last_layer: Share | None = Field(None, description="Share of its inputs that the last layer takes.")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Weight of learning from the source network.")
     fit: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps per convolution that first fit it.")
-    spread: Annotated[float, Field(ge=0)] = Field(0.0, description="How far its copies start apart, ±.")
+    spread: Annotated[float, Field(ge=0)] | None = Field(None, description="How far its copies start apart, ±.")
     set: tuple[Text, ...] = Field((), description="Overrides of the recipe, KEY=VALUE.")
     table: Text | None = Field(None, description="The paper's table, where it is not the file's.")
     setting: Text | None = Field(None, description="The paper's row, by its setting, e.g. β = 4.")

@@ -116,6 +116,9 @@ def test_a_variant_may_spread(here: Path, capsys: pytest.CaptureFixture[str]) ->
     (here / "tiny.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0.5,"), "utf-8")
     assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0
     assert "--spread 0.5" in capsys.readouterr().out.splitlines()[3]
+    (here / "none.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0,"), "utf-8")
+    assert run(["sweep", "none.yaml", "--dry-run"]) == 0
+    assert "--spread 0" in capsys.readouterr().out.splitlines()[3]
     made = experiments.load("tiny.yaml")
     assert sweeps._row(made, {}, "irnet_resnet20", "raw", "raw").published is not None
     assert sweeps._row(made, {}, "irnet_resnet20", "beta-4", "raw").published is None  # nothing of the paper's

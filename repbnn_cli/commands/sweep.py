@@ -134,7 +134,7 @@ def _steps(
         train += ["--distill", str(variant.distill)]
     if variant.fit is not None:
         train += ["--fit", str(variant.fit)]
-    if variant.spread:
+    if variant.spread is not None:
         train += ["--spread", str(variant.spread)]
     if device:
         train += ["--device", device]

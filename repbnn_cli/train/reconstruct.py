@@ -40,18 +40,8 @@ from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating, norms_of
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
-_MODULES = (
-    _BatchNorm,
-    nn.Hardtanh,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.PReLU,
-    nn.LeakyReLU,
-    nn.Identity,
-    LearnableBias,
-    RPReLU,
-    rep_layers.Repeat,
-)
+_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU,
+            rep_layers.Repeat)  # fmt: skip
 _FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
               F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
               rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
