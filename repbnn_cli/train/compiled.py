@@ -7,6 +7,7 @@ arguments alone: a resumed run decides as it did at its beginning, and ends with
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -129,7 +130,8 @@ def _failure(
     with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
         try:
             network.train(train)
-            with float_masks() if example.device.type == "cpu" else nullcontext():
+            with float_masks() if example.device.type == "cpu" else nullcontext(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # torch about its own code
                 with torch.set_grad_enabled(train):
                     logits = logits_of(compiled(example))
                 if train:
