@@ -18,8 +18,8 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.logits import checked_logits, logits_of
 from repbnn_cli.train.ranks import Ranks
 
-RUNNING = ("running_mean", "running_var")
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
+RUNNING = ("running_mean", "running_var")  # buffers of statistics, in torch's BatchNorms and in research code's
 
 
 @dataclass(frozen=True)

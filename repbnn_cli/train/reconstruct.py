@@ -32,7 +32,6 @@ from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Folded, State, Tiled, plain
 from repbnn_cli.errors import DivergedError
-from repbnn_cli.layers import LearnableBias, RPReLU
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
 from repbnn_cli.rewrite_operators import unfoldable
@@ -40,8 +39,8 @@ from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating, norms_of
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
-_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, LearnableBias, RPReLU,
-            rep_layers.Repeat)  # fmt: skip
+# Modules that the plan calls per channel do, too.
+_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, rep_layers.Repeat)
 _FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
               F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
               rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
@@ -257,7 +256,7 @@ class _Fitting:
         return [value.index_select(1, index) for value in found]
 
     def _parts(self, unit: list[fx.Node]) -> bool:
-        """Whether the targets of replicas are to be apart: on request, where a BatchNorm has a shift for each."""
+        """Whether the targets of replicas are to be apart: with a `spread`, where a BatchNorm has a shift for each."""
         state, norm = self._state(unit), self._norm(unit)
         if not self.spread or norm is None or not isinstance(state, Tiled):
             return False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d
 from repbnn_cli.logits import logits_of
+from repbnn_cli.train.measure import RUNNING
 from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Stage
 
@@ -124,9 +125,7 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
     """What an average is kept of: parameters and BatchNorm statistics; other buffers are not made to be averaged."""
     parameters = {name for name, _ in network.named_parameters()}
     return {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if name in parameters or name.endswith(("running_mean", "running_var"))
+        name: tensor for name, tensor in network.state_dict().items() if name in parameters or name.endswith(RUNNING)
     }
 
 
