@@ -238,7 +238,9 @@ def assemble(model: nn.Module, traced: Traced) -> KeptGraphModule:
         owner, _, name = path.rpartition(".")
         tree.get_submodule(owner).add_module(name, module)
     in_training = traced.in_training.graph if traced.in_training else None
-    return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, frozen_parts(model))
+    off = (traced.in_training or traced).tracer.put_to_eval
+    frozen = (*frozen_parts(model), *(path for path, module in model.named_modules() if path and module in off))
+    return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, frozen)
 
 
 def _own_constants(traced: Traced) -> dict[str, Tensor]:

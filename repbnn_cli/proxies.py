@@ -132,10 +132,15 @@ class ValueProxy(fx.Proxy):
         return value
 
 
+def is_flag(node: fx.Node) -> bool:
+    """`self.training` of some module."""
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
+
+
 def _is_of_mode(node: fx.Node) -> bool:
     """`self.training`, or what follows from it alone: `self.training == True`."""
     if node.op == "get_attr":
-        return str(node.target).rpartition(".")[2] == "training"
+        return is_flag(node)
     return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_of_mode, node.all_input_nodes))
 
 

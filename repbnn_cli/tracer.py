@@ -52,11 +52,12 @@ _CHANNELS_KEPT: dict[type, Callable[[Any], int]] = {
 
 class Tracer(fx.Tracer):
     def __init__(
-        self, examples: tuple[Tensor, ...], leaf: LeafPolicy, *, shapes_only: bool, frozen: Set[nn.Module]
+        self, examples: tuple[Tensor, ...], leaf: LeafPolicy, *, shapes_only: bool, frozen: Set[nn.Module], live: bool
     ) -> None:
-        """frozen: the modules that are in eval mode even while the network is trained."""
+        """frozen: the modules that are in eval mode even while the network is trained. live: `self.training` is a value
+        of the graph; otherwise what it is at present."""
         super().__init__()
-        self.frozen = frozen
+        self.frozen, self.live = frozen, live
         self.proxy_buffer_attributes = True
         self.examples, self.leaf, self.shapes_only = examples, leaf, shapes_only
         self.values: dict[fx.Node, Any] = {}
@@ -64,6 +65,8 @@ class Tracer(fx.Tracer):
         self.entered_paths: set[str] = set()
         self.notes: list[str] = []
         self.mode_branches: list[str] = []
+        self.asked: set[str] = set()  # paths of the modules that were asked for `training`
+        self.put_to_eval: set[nn.Module] = set()  # by the forward: `self.stem.eval()`
         self.decisions: list[fx.Node] = []  # tensors whose values a branch was decided on
         self.grad = True
         self._without_grad: set[fx.Node] = set()
@@ -228,7 +231,8 @@ class Tracer(fx.Tracer):
 
     def _run_leaf(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self.root.get_submodule(str(node.target))
-        for m in module.modules():  # a leaf reads its own flag while it runs
+        hidden = [m for m in module.modules() if "training" not in m.__dict__]
+        for m in hidden:  # a leaf reads its own flag while it runs
             m.__dict__["training"] = self._training[m]
         try:
             if self.shapes_only and (result := known_shape(module, args)) is not None:
@@ -239,7 +243,7 @@ class Tracer(fx.Tracer):
             node.meta["convs"] = [facts(c) for c in seen.calls if not c.kernel.is_meta]
             return result
         finally:
-            for m in module.modules():
+            for m in hidden:
                 m.__dict__.pop("training", None)
 
     # -- `self.training` ---------------------------------------------------------------------------------------------
@@ -262,6 +266,7 @@ class Tracer(fx.Tracer):
             yield
         finally:
             nn.Module.__getattr__ = _symbolic_trace._orig_module_getattr = original  # type: ignore[method-assign]
+            self.put_to_eval = {m for m in self._training if m.__dict__.get("training") is False}
             for module, training in self._training.items():
                 module.training = training
 
@@ -271,6 +276,9 @@ class Tracer(fx.Tracer):
         if module in self.frozen:
             return False
         path = self.path_of_module(module)
+        self.asked.add(path)
+        if not self.live:
+            return self._training[module]
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
     def refuse_what_is_lost(self, model: nn.Module) -> None:

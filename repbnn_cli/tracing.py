@@ -6,6 +6,8 @@ on it.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +16,18 @@ from torch import Tensor, fx, nn
 
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.interception import interceptable
+from repbnn_cli.proxies import is_flag
 from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import LeafPolicy, Tracer, explain
 
 
 class TracingError(CaptureError):
-    """`module`: dotted path of the module in whose forward it happened; "" for the network's own."""
+    """module: dotted path of the module in whose forward it happened; "" for the network's own. asked: whether it had
+    asked for `self.training` before."""
 
-    def __init__(self, text: str, module: str) -> None:
+    def __init__(self, text: str, module: str, asked: bool) -> None:
         super().__init__(text)
-        self.module = module
+        self.module, self.asked = module, asked
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Traced:
     in_training: Traced | None = None
 
 
-def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False) -> Traced:
-    tracer = Tracer(
-        examples, leaf, shapes_only=shapes_only, frozen=frozenset(map(model.get_submodule, frozen_parts(model)))
-    )
+def _trace(
+    model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False, *, live: bool = True
+) -> Traced:
+    frozen = frozenset(map(model.get_submodule, frozen_parts(model)))
+    tracer = Tracer(examples, leaf, shapes_only=shapes_only, frozen=frozen, live=live)
     before = _plain_attributes(model)
     traced, after = _once(model, tracer, {})
     changed = {key: value for key, value in after.items() if key not in before or before[key] is not value}
@@ -49,7 +54,7 @@ def _trace(model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, sha
             tracer.notes.append(f"{where}: sets {_dotted(key)}, which the transformed network does not")
     counted = {key: value for key, value in changed.items() if type(before.get(key)) in (int, float, bool)}
     if counted:  # a graph keeps them as they were: is the next forward another one?
-        again, _ = _once(model, Tracer(examples, leaf, shapes_only=shapes_only, frozen=tracer.frozen), counted)
+        again, _ = _once(model, Tracer(examples, leaf, shapes_only=shapes_only, frozen=frozen, live=live), counted)
         constants = zip(traced.constants.values(), again.constants.values(), strict=False)
         if str(again.graph) != str(traced.graph) or not all(torch.equal(a, b) for a, b in constants):
             raise CaptureError(
@@ -77,7 +82,7 @@ def _once(
         except CaptureError:
             raise
         except Exception as error:
-            raise TracingError(explain(error, tracer), tracer.failed_in) from error
+            raise TracingError(explain(error, tracer), tracer.failed_in, bool(tracer.asked)) from error
         tracer.refuse_what_is_lost(model)
         # fx parks tensors made in forward on the root; `unchanged` takes them off the user's module again.
         constants = {n: v for n, v in vars(model).items() if n.startswith("_tensor_constant")}
@@ -101,17 +106,49 @@ def _dotted(key: tuple[str, str]) -> str:
 
 
 def in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool) -> Traced:
-    """A graph holds one branch of `if self.training`; where the modes take different ones there are two."""
-    traced = _trace(model, examples, policy, shapes_only)
+    """A graph holds one branch of `if self.training`; where the modes take different ones there are two.
+
+    A value of the graph cannot be asked `self.training is True`, nor looked up in a dictionary. Where a trace with
+    plain flags gives something else, its two graphs are taken.
+    """
+    try:
+        traced = _in_both_modes(model, examples, policy, shapes_only, live=True)
+    except TracingError as error:
+        if error.asked:
+            with contextlib.suppress(CaptureError):
+                return _in_both_modes(model, examples, policy, shapes_only, live=False)
+        raise
+    if not traced.tracer.asked:
+        return traced
+    plain = _in_both_modes(model, examples, policy, shapes_only, live=False)
+    pairs = (traced, plain, False), (traced.in_training or traced, plain.in_training or plain, True)
+    same = all(_told(live.graph, training) == str(told.graph) for live, told, training in pairs)
+    return traced if same else plain
+
+
+def _told(graph: fx.Graph, training: bool) -> str:
+    """The graph with every `self.training` in it as a plain value."""
+    told = copy.deepcopy(graph)
+    for flag in [node for node in told.nodes if is_flag(node)]:
+        for user in tuple(flag.users):
+            user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: training if is_flag(n) else n)
+        told.erase_node(flag)
+    return str(told)
+
+
+def _in_both_modes(
+    model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPolicy, shapes_only: bool, *, live: bool
+) -> Traced:
+    traced = _trace(model, examples, policy, shapes_only, live=live)
     if shapes_only and (traced.tracer.notes or traced.tracer.convolution_calls):
         # it decides on values, or what it applies has to be looked at; zeros are not the network's
-        traced = _trace(model, examples, policy)
-    if not traced.tracer.mode_branches:
+        traced = _trace(model, examples, policy, live=live)
+    if live and not traced.tracer.mode_branches:
         return traced
     training = model.training
     with unchanged(model):
         model.train(not training)
-        other = _trace(model, examples, policy)
+        other = _trace(model, examples, policy, live=live)
     evaluated, trained = (other, traced) if training else (traced, other)
     if trained.tracer.drawn:
         raise CaptureError(

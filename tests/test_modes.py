@@ -196,9 +196,23 @@ class Clamped(Modes):
         return super().body(x) * self.scale
 
 
+class Identical(Modes):
+    """`self.training is True`, which no value of a graph is."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x * 3 if self.training is True else x)
+
+
+class LookedUp(Modes):
+    def body(self, x: Tensor) -> Tensor:
+        y = {True: self.bn, False: self.bn2}[self.training](self.conv(x)) + x
+        return self.bn2(self.conv2(y)) + y
+
+
 KINDS = [
     StochasticDepth, Noise, EarlyReturn, Auxiliary, Features, Probabilities, MoreLayers, Calls, Clamped,
-    WithoutGradient, Compared, Variables, Mixed, Embedding,
+    WithoutGradient, Compared, Variables, Mixed, Embedding, Identical,
+    LookedUp,
 ]  # fmt: skip
 
 
@@ -314,6 +328,14 @@ class Dropping(nn.Module):
         return x * 3 if self.training else x
 
 
+def test_a_flag_that_is_only_handed_on_needs_no_graph_of_its_own() -> None:
+    class HandedOn(Modes):
+        def body(self, x: Tensor) -> Tensor:
+            return super().body(F.dropout(x, 0.3, self.training))
+
+    assert graph.capture(made(HandedOn), (3, 8, 8)).in_training is None
+
+
 class Frozen(Modes):
     """Keeps a part in eval mode, as teachers and the BatchNorms of detectors are kept."""
 
@@ -334,7 +356,20 @@ class FrozenWithBranch(Frozen):
         return super().body(x * 2 if self.training else x)
 
 
-@pytest.mark.parametrize("kind", [Frozen, FrozenWithBranch])
+class FrozenByForward(Frozen):
+    """Each forward does it again."""
+
+    def train(self, mode: bool = True) -> FrozenByForward:
+        nn.Module.train(self, mode)
+        return self
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.part.eval()
+        return super().body(x)
+
+
+@pytest.mark.parametrize("kind", [Frozen, FrozenWithBranch, FrozenByForward])
 def test_what_a_network_keeps_in_eval_mode_stays_in_it(kind: type[nn.Module]) -> None:
     model = made(kind)
     plan, rep = in_both_modes(model)
