@@ -369,7 +369,9 @@ def _plain(value: Any) -> Any:
         value = value.value
     if isinstance(value, Tensor | np.ndarray | np.generic):
         elements = value.numel() if isinstance(value, Tensor) else value.size
-        return value.item() if elements == 1 and not getattr(value, "is_meta", False) else _NOT_PLAIN
+        if elements != 1 or getattr(value, "is_meta", False):
+            return _NOT_PLAIN
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple) and len(value) <= _LONGEST:

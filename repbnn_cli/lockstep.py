@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Compact, Folded, State, Tiled, makes_container, operator_name
 from repbnn_cli.inherit import Columns, Kernel, Mean, runs
@@ -138,7 +139,7 @@ class Lockstep:
             if node.op in ("placeholder", "output"):
                 continue
             if self._drawing:
-                torch.manual_seed(0)
+                seeds.seed(0)
             self._rep[node] = self._run_rep(node)
             for source in self._mapped.get(node.name, ()):
                 self._compare(source, node)
@@ -172,7 +173,7 @@ class Lockstep:
         """Sizes and other numbers are computed where they are first asked for."""
         if node not in self._source:
             if self._drawing:
-                torch.manual_seed(0)
+                seeds.seed(0)
                 before = torch.get_rng_state()
             self._source[node] = self._run_source(node)
             if self._drawing and not torch.equal(torch.get_rng_state(), before):

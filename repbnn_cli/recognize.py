@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import RulesError
 from repbnn_cli.functional import ConvolutionCall
@@ -100,11 +101,19 @@ def _recognized(network: Network, declare: Declare | None, known: Mapping[str, L
     layers = dict(known)
     static = static_nodes(network.graph)  # what computes a kernel is no layer
     for node in network.graph.nodes:
-        if node.op == "call_module" and node.target not in layers and node not in static:
-            module = fetch(network.module, node.target)
-            declared = declare(node.target, type_names(module)) if declare else None
+        if node.op != "call_module" or node.target in known or node in static:
+            continue
+        module = fetch(network.module, node.target)
+        declared = declare(node.target, type_names(module)) if declare else None
+        layer = layers.get(node.target)
+        if layer is None:
             layer = _recognize(network, node, module, declared)
             layers[node.target] = replace(layer, last_axis=layer.last_axis or _is_over_last_axis(node, layer))
+        elif layer.role in CONVOLUTIONS and (declared is None or declared.role is None):
+            # Called again, perhaps on other values: its costs are those of the widest.
+            seen = [] if isinstance(module, BinaryConv2d) else node.meta.get("convs", [])
+            bits = [layer.activation_bits, *(c.activation_bits for c in seen)]
+            layers[node.target] = replace(layer, activation_bits=max(bits))
     return layers
 
 
@@ -201,7 +210,7 @@ def _torch_conv(path: str, module: nn.Module, convs: list[ConvFacts]) -> Layer:
         inputs_first=transposed,
         groups=groups,
         weight_bits=weight_bits,
-        activation_bits=min((c.activation_bits for c in convs), default=32),
+        activation_bits=max((c.activation_bits for c in convs), default=32),
         out_tensors={"bias": 0} if getattr(module, "bias", None) is not None else {},
     )
 
@@ -291,8 +300,8 @@ def _axes(
     def probe(training: bool | None) -> Probe:
         def run(replaced: Mapping[str, Tensor], order: Tensor | None) -> Tensor:
             x = given[0] if order is None else given[0].index_select(in_axis, order.to(given[0].device))
-            with unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with unchanged(module), torch.no_grad():
+                seeds.seed(0)
                 if training is not None:
                     module.train(training)
                 for name, value in replaced.items():

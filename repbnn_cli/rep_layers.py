@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -220,6 +220,12 @@ REP_BATCH_NORMS: dict[type[nn.Module], type[_RepBatchNorm]] = {
     nn.BatchNorm1d: RepBatchNorm1d,
     nn.BatchNorm2d: RepBatchNorm2d,
 }
+
+
+def is_batch_norm(module: nn.Module | None) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    """Whether a module computes what torch's BatchNorm does, and nothing of its own beside it, as a subclass may."""
+    known = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _RepBatchNorm.forward)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward in known
 
 
 class RepLayerNorm(nn.LayerNorm):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from repbnn_cli import seeds
+
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
@@ -23,7 +25,7 @@ def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
         for t in (*(model.parameters() if parameters else ()), *model.buffers())
         if not t.is_meta
     ]
-    with torch.random.fork_rng(devices=sorted({t.device.index or 0 for t, _, _ in tensors if t.is_cuda})):
+    with seeds.kept(sorted({t.device.index or 0 for t, _, _ in tensors if t.is_cuda})):
         try:
             yield
         finally:
@@ -33,6 +35,17 @@ def unchanged(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
                 for tensor, data, value in tensors:
                     # What was not written to need not be writable: `register_buffer("blur", kernel.expand(...))`.
                     tensor.data = data if torch.equal(data, value) else data.copy_(value)
+
+
+@contextlib.contextmanager
+def modes_kept(*modules: nn.Module) -> Iterator[None]:
+    """Restores training or eval mode of the modules and all below them on leaving."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

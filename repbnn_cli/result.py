@@ -40,6 +40,7 @@ from repbnn_cli.interception import interceptable
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import loads
 from repbnn_cli.source import Origin, Source
+from repbnn_cli.tied import assign
 from repbnn_cli.verify import Certificate
 
 ModelSource = str | nn.Module | Callable[[], nn.Module]
@@ -156,7 +157,7 @@ def _give_source_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str], origin: Origin
 ) -> None:
     try:
-        module.load_state_dict(tensors, assign=True)
+        assign(module, tensors)
     except RuntimeError as error:
         made = f"it was made with --model {origin.model}" if origin.model else "make it again with `repbnn transform`"
         difference = compare(shapes_of(tensors), shapes_of(module.state_dict()))

@@ -122,7 +122,7 @@ def read(folder: str | os.PathLike[str]) -> RunRecord:
         raise UsageError(
             f"{path}: holds no run ({RECORD} is not there); expected a folder that `repbnn finetune` wrote"
         )
-    environment = _object(path / ENVIRONMENT)
+    environment = json_object(path / ENVIRONMENT)
     try:
         about = dict(environment.get("network") or {})
         stages = tuple(StageRecord(**stage) for stage in environment.get("stages", ()))
@@ -212,7 +212,8 @@ def _rows(path: Path, *needed: str) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a run's JSON file holds. Raises CheckpointError where it is damaged."""
     try:
         value = json.loads(_text(path))
     except json.JSONDecodeError as error:

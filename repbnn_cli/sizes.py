@@ -19,6 +19,7 @@ from repbnn_cli.counting import MOST_BINARY_BITS
 from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer
+from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.static import roots
 from repbnn_cli.tracer import fetch
 
@@ -118,7 +119,7 @@ def state_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[
 
 def deployed(module: nn.Module, layer: Layer | None, own: Mapping[str, Tensor]) -> list[Stored]:
     """What inference needs of a module whose tensors (those not counted elsewhere) are `own`."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if is_batch_norm(module):
         channels = module.num_features * _FLOAT_BYTES
         return [Stored("scale", "norm_scale", channels), Stored("shift", "norm_shift", channels)]
     kept = {n: t for n, t in own.items() if n.rpartition(".")[2] != "num_batches_tracked"}

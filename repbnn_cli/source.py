@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import checkpoint, graph, identify, user_model, zoo
+from repbnn_cli import checkpoint, graph, identify, seeds, user_model, zoo
 from repbnn_cli.checkpoint import Checkpoint
 from repbnn_cli.cpu_only import is_foreign, running
 from repbnn_cli.errors import UsageError
 from repbnn_cli.interception import interceptable
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
+from repbnn_cli.tied import assign
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def from_file(
     found = identify.resolve(file, arch)
     with torch.device("meta"):
         network = zoo.build(found.arch, found.num_classes)
-    network.load_state_dict(found.tensors, assign=True)
+    assign(network, found.tensors)
     network.eval()
     origin = zoo_origin(found.arch, input_size, found.num_classes)
     return Source(network, origin, file, found.reason, (*file.notes, *found.notes), found.left_out)
@@ -139,8 +140,8 @@ def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:
 
 def newly_built(origin: Origin, seed: int) -> nn.Module:
     """The network of an origin as its own code starts it, in eval mode, drawn with the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeds.kept():
+        seeds.seed(seed)
         if origin.arch is not None:
             return zoo.build(origin.arch, origin.num_classes).eval()
         assert origin.model is not None
@@ -156,7 +157,7 @@ def from_origin(origin: Origin) -> nn.Module:
         network = zoo.build(origin.arch, origin.num_classes)
     # Zeros are not allocated before they are touched, and shape-only work never touches them.
     zeros = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in network.state_dict().items()}
-    network.load_state_dict(zeros, assign=True)
+    assign(network, zeros)
     return network.eval()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.tracer import execute, fetch
 
 
@@ -66,6 +67,6 @@ def evaluate(module: nn.Module, node: fx.Node, replaced: Mapping[str, Tensor]) -
             values[at] = held(str(at.target)) if at.op == "get_attr" else execute(module, at, args, kwargs)
         return values[at]
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeds.kept():
+        seeds.seed(0)
         return value_of(node)

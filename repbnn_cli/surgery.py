@@ -32,6 +32,7 @@ from repbnn_cli.restoring import unchanged
 from repbnn_cli.rewrite import Rewriter
 from repbnn_cli.rules import RuleSet, Subject
 from repbnn_cli.static import static_nodes
+from repbnn_cli.tied import assign
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import subject_of
 
@@ -172,7 +173,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     result = KeptGraphModule(tree, copy.deepcopy(plan.graph), f"Rep{type(source).__name__}", in_training, source.frozen)
     result.graph.lint()
     if state is not None:
-        result.load_state_dict(dict(state), assign=True)
+        assign(result, state)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import fetch
 
@@ -60,7 +61,7 @@ def mixes_channels(node: fx.Node, module: nn.Module, like: Tensor, axis: int = 1
     results = []
     for given in (x.clone(), changed):
         with unchanged(module), torch.no_grad():
-            torch.manual_seed(0)
+            seeds.seed(0)
             result = first_tensor(module(given, *others))
             results.append(result.narrow(axis, half, result.shape[axis] - half))
     return not torch.equal(*results)
@@ -90,7 +91,7 @@ def _follows(node: fx.Node, module: nn.Module, axes: Mapping[str, int], axis: in
             for name, at in axes.items() if rolled else ():
                 tensor = fetch(module, name)
                 tensor.data = tensor.data.roll(1, at)
-            torch.manual_seed(0)
+            seeds.seed(0)
             return first_tensor(module(given, *others))
 
     return torch.allclose(run(x.roll(1, axis), rolled=True), run(x, rolled=False).roll(1, axis), rtol=1e-5, atol=1e-6)

@@ -37,6 +37,7 @@ from repbnn_cli.identify import (
     shapes_of,
     starts_within,
 )
+from repbnn_cli.tied import assign
 from repbnn_cli.wording import nearest_file, some
 
 _EXPECTED = "expected path/to/file.py:callable or package.module:callable"
@@ -129,7 +130,7 @@ def load_weights(
     given = {name: tensor for name, tensor in given.items() if name in held and tensor.shape == held[name].shape}
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     if any(tensor.is_meta for tensor in held.values()):
-        model.load_state_dict(given, strict=False, assign=True)
+        assign(model, given, strict=False)
     elif all(own.get(name) is tensor for name, tensor in held.items()):
         for name, tensor in given.items():
             held[name].data = _fitted(tensor, held[name])

@@ -74,6 +74,15 @@ def normalise(ranks: Ranks) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def gradients(ranks: Ranks) -> list[Tensor | None]:
+    """What four parameters have on average: each rank left another one out, and nobody used the last."""
+    parameters = [nn.Parameter(torch.zeros(2, i + 1)) for i in range(4)]
+    for i in (0, 1 + ranks.rank):
+        parameters[i].grad = torch.full_like(parameters[i], 10.0 * i + ranks.rank)
+    ranks.average_gradients(parameters)
+    return [p.grad for p in parameters]
+
+
 def train(
     ranks: Ranks,
     folder: Path,
@@ -117,6 +126,7 @@ def main() -> None:
         if task == "die":
             train(ranks, folder / "run", at=(2, 1), what="die")
         torch.save(normalise(ranks), folder / f"norms-{ranks.rank}.pt")
+        torch.save(gradients(ranks), folder / f"gradients-{ranks.rank}.pt")
         train(ranks, folder / f"run-{ranks.size}")
         train(ranks, folder / "whole", dropout=0.2)
         attempt(ranks, folder / "stopped", "signal", dropout=0.2, at=(2, 2))

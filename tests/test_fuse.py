@@ -136,6 +136,28 @@ def test_values_that_nobody_reads_are_not_written() -> None:
     assert_same(side, fused, images(4))
 
 
+class Gained(nn.BatchNorm2d):
+    """A BatchNorm with something of its own behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.rand(channels) + 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain.view(1, -1, 1, 1)
+
+
+def test_a_batch_norm_that_does_more_than_one_is_not_folded() -> None:
+    model = Residual()
+    model.bn1 = Gained(8)
+    side = captured(model)
+    fused = fuse(*side, TORCH)
+    assert {block.path: "BatchNorm" in block.parts for block in fused.blocks} == {"conv1": False, "conv2": True}
+    x = images(4)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.module(x), side[0].module(x))
+
+
 def test_pooling_before_batchnorm_leaves_the_convolution_alone() -> None:
     from repbnn_cli.binary_conv import ReCUConv2d
 

@@ -379,6 +379,25 @@ def test_the_model_is_left_as_it_was() -> None:
     assert (str(network.graph), network.module.code) == (graph, code)
 
 
+@pytest.mark.parametrize("signs_first", [True, False])
+def test_a_layer_called_on_signs_and_on_values_costs_what_values_do(signs_first: bool) -> None:
+    class BinaryWeights(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight.sign(), padding=1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = BinaryWeights(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (x.sign(), x + 0.1) if signs_first else (x + 0.1, x.sign())
+            return self.conv(first) + self.conv(second)
+
+    totals = profile_of(Net(), (4, 6, 6)).totals
+    assert (totals.bops, totals.conv) == (0, 2 * 4 * 4 * 9 * 36)
+
+
 def test_reused_tied_and_uncalled_modules() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import rank_examples
 import torch
+from torch import Tensor, nn
 from torch.distributed import is_available
 
 from repbnn_cli import runs
 from repbnn_cli.errors import UsageError
+from repbnn_cli.train.norms import synchronised
 from repbnn_cli.train.ranks import Ranks, joined
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this build of torch has no torch.distributed")
@@ -43,6 +45,31 @@ def test_statistics_of_a_batch_are_those_of_all_ranks(done: tuple[Path, list[lis
             found = torch.cat([part[name][key] for part in parts]) if of_samples else parts[0][name][key]
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=f"{name}.{key}")
             assert of_samples or torch.equal(parts[0][name][key], parts[1][name][key])
+
+
+def test_a_gradient_that_only_some_ranks_have_is_averaged_with_zeros(done: tuple[Path, list[list[str]]]) -> None:
+    for rank in range(2):
+        found = torch.load(done[0] / f"gradients-{rank}.pt")
+        values = [None if g is None else set(g.flatten().tolist()) for g in found]
+        assert values == [{0.5}, {10 / 2}, {21 / 2}, None]
+
+
+class Gained(nn.BatchNorm2d):
+    """More than a BatchNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+def test_statistics_in_code_of_ones_own_are_refused_in_several_processes() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), Gained(3))
+    with (
+        pytest.raises(UsageError, match=r"^1: Gained takes statistics of its batch by code of its own"),
+        synchronised(network, Ranks(0, 2)),
+    ):
+        pass
+    with synchronised(network, Ranks()):
+        assert "forward" not in network[0].__dict__
 
 
 def test_two_processes_train_as_one(done: tuple[Path, list[list[str]]], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import repbnn_cli
 from repbnn_cli import binary_conv, rep_layers, zoo
 from repbnn_cli.channels import Folded, Tiled, plain
 from repbnn_cli.cli import run
-from repbnn_cli.errors import DivergedError
+from repbnn_cli.errors import DivergedError, UsageError
 from repbnn_cli.plan import Plan
 from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.measure import estimating
@@ -194,11 +194,33 @@ def test_everything_but_the_rep_networks_tensors_is_as_before() -> None:
     assert all(torch.equal(tensor, source[name]) for name, tensor in plan.network.module.state_dict().items())
 
 
+def test_what_is_frozen_is_not_fitted() -> None:
+    class Kept(Residual):
+        """Keeps one of its BatchNorms in eval mode."""
+
+        def train(self, mode: bool = True) -> Kept:
+            super().train(mode)
+            self.bn1.eval()
+            return self
+
+    model = Kept()
+    model.conv2.weight.requires_grad_(False)
+    model.bn2.bias.requires_grad_(False)
+    plan, rep = made(model)
+    before = copy.deepcopy(rep.state_dict())
+    reconstruct.reconstruct(plan, rep, batches(), steps=5, spread=0.5)
+    measure.calibrate(rep, [(x, torch.zeros(len(x))) for x in batches()], 3)
+    moved = {name for name, tensor in rep.state_dict().items() if not torch.equal(tensor, before[name])}
+    frozen = {"conv2.weight", "bn2.bias", "bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"}
+    assert not moved & frozen
+    assert moved >= {"conv1.weight", "bn1.weight", "bn2.weight", "bn2.running_mean"}
+
+
 def test_the_same_images_and_seed_give_the_same_bits() -> None:
     plan, rep = made(tiny())
     again = copy.deepcopy(rep)
     for network in (rep, again):
-        reconstruct.reconstruct(plan, network, batches(), steps=5, seed=3)
+        reconstruct.reconstruct(plan, network, batches(), steps=5)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in rep.state_dict().items())
 
 
@@ -273,6 +295,12 @@ def test_no_more_images_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> No
     assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 4)] == [4]
     monkeypatch.setattr(reconstruct, "MEMORY", 20 * 6 * 4 * 2 * 8 * 8 * 8)
     assert [len(b) for b in reconstruct.batches_for(plan, iter(epoch), 1000)] == [10, 10]
+
+
+def test_a_fit_to_one_image_at_a_time_is_refused() -> None:
+    plan, _ = made(tiny())
+    with pytest.raises(UsageError, match=r"^--fit: takes two images at a time at least"):
+        reconstruct.batches_for(plan, ((x, torch.zeros(1)) for x in batches(size=1)), 64)
 
 
 @pytest.mark.parametrize("arch", ["fracbnn_resnet20", "reactnet_resnet18", "recu_resnet20"])

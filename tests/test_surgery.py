@@ -357,6 +357,13 @@ def test_tied_kernels_stay_tied_and_apart_from_the_source() -> None:
     model = randomize(Body(Tied()))
     rep = checked(model)
     assert rep.body.a.weight is rep.body.b.weight
+    plan = planned(model)
+    state = {name: tensor.clone() for name, tensor in rep.state_dict().items()}
+    assert (again := surgery.apply(plan, state=state)).body.a.weight is again.body.b.weight
+    state["body.b.weight"].neg_()  # a file in which they are no longer the same
+    apart = surgery.apply(plan, state=state)
+    assert torch.equal(apart.body.b.weight, state["body.b.weight"])
+    assert torch.equal(apart.body.a.weight, state["body.a.weight"])
 
 
 def test_a_tensor_tied_to_one_that_is_not_changed_is_no_longer_the_sources() -> None:

@@ -150,21 +150,6 @@ def test_unknown_network_names_the_nearest() -> None:
         zoo.build("§")
 
 
-def test_teacher_is_asked_but_not_held() -> None:
-    network = filled("fracbnn_imagenet")
-    names = list(network.state_dict())
-    teacher = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
-    x = small_input("fracbnn_imagenet")
-    with torch.no_grad():
-        alone = network(x)
-        network.attach_teacher(teacher)
-        logits, lesson = network(x)
-        assert torch.equal(logits, alone)
-        assert torch.equal(lesson, teacher(x))
-    assert list(network.state_dict()) == names
-    assert len(list(network.parameters())) == len(golden("fracbnn_imagenet")["param_names"])
-
-
 def test_thermometer_code_of_every_8_bit_value() -> None:
     values = torch.arange(256)
     code = ThermometerEncoder()((values / 255).view(1, 1, 16, 16))

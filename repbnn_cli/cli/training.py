@@ -204,7 +204,7 @@ def calibrate_command(
         ),
     ] = None,
     images: Annotated[
-        int, typer.Option("--images", min=1, help="Training images to fit on, as far as memory allows.")
+        int, typer.Option("--images", min=2, help="Training images to fit on, as far as memory allows.")
     ] = 2048,
     device: Device = "auto",
     output: Annotated[

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from repbnn_cli import checkpoint, result, shapes, source, views
+from repbnn_cli import checkpoint, result, seeds, shapes, source, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import zoo as registry
 from repbnn_cli.deploy import packed
@@ -128,8 +126,8 @@ def examined(
     assert read.source is not None
     src = read.source
     if src.file is None and values:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeds.kept():
+            seeds.seed(0)
             src = replace(src, model=registry.build(target).eval())
     declared = rulebook.load(rules) if rules else None
     if declared is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, views
+from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, seeds, views
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.deploy.fuse import fuse
@@ -44,7 +44,7 @@ def finetune(
     backends.choose(pupils.device_of(device), backend, gradients)
     compiled.check_mode(compile_mode)
     pupils.check_once(sets, {"epochs": epochs, "distillation.weight": distill})
-    torch.manual_seed(seed)
+    seeds.seed(seed)
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")

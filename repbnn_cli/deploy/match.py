@@ -23,6 +23,7 @@ from repbnn_cli.graph import Network
 from repbnn_cli.kernels.blocks import Activation, PackedBlock
 from repbnn_cli.kernels.packing import pack_kernel
 from repbnn_cli.recognize import Layer
+from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import unchanged
 from repbnn_cli.tracer import fetch
 
@@ -158,7 +159,7 @@ class _Matcher:
     def _take_norm(self, end: _Epilogue) -> None:
         node = self._following(end)
         norm = self._module(node)
-        if node is None or not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        if node is None or not is_batch_norm(norm) or norm.running_mean is None or norm.running_var is None:
             return
         repeats = getattr(norm, "repeats", 1)
         scale, shift = folded(norm)

@@ -40,10 +40,12 @@ from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
+from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.result import ModelSource
 from repbnn_cli.rules import RuleSet, loads
 from repbnn_cli.sizes import Stored, called_kernels, deployed, state_tensors
 from repbnn_cli.source import Origin
+from repbnn_cli.tied import assign
 from repbnn_cli.tracer import fetch
 
 KEY = checkpoint.PACKED
@@ -154,7 +156,7 @@ class _Packing:
     norms: dict[str, bool] = field(default_factory=dict)
 
     def add(self, path: str, module: nn.Module | None, stored: list[Stored], layer: Layer | None) -> None:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if is_batch_norm(module):
             if module.running_mean is None:
                 raise UsageError(f"{path}: a BatchNorm without running statistics depends on its batch; it has no "
                                  "packed form")  # fmt: skip
@@ -345,7 +347,7 @@ def _captured(
     if header["rules"] is None:
         network = source.capture(built, origin)
         layers = recognize(network)  # before zeros take the place of its kernels
-        network.module.load_state_dict(state, assign=True)
+        assign(network.module, state)
         network.module.eval()
         return network, layers
     rules = loads(header["rules"], name="rules stored in the packed file")
@@ -381,7 +383,7 @@ def _give(root: nn.Module, packed: Packed) -> None:
     """Norms become their affine map, and convolutions get their kernel."""
     for path in packed.header["norms"]:
         norm = root.get_submodule(path)
-        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        assert is_batch_norm(norm)
         norm.eps = 0.0
         norm.weight = nn.Parameter(packed.tensors[f"{path}.scale"])
         norm.bias = nn.Parameter(packed.tensors[f"{path}.shift"])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.errors import UsageError
 from repbnn_cli.logits import logits_of
 from repbnn_cli.train import memory
@@ -127,7 +128,7 @@ def _failure(
     """Why a forward of `compiled` (train: and a backward) fails, in a line, or None; leaves no trace on the network."""
     buffers = [tensor.clone() for tensor in network.buffers()]
     training = network.training
-    with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
+    with seeds.kept([example.device] if example.device.type == "cuda" else []):
         try:
             network.train(train)
             with float_masks() if example.device.type == "cpu" else nullcontext(), warnings.catch_warnings():

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli import seeds
 from repbnn_cli.errors import DivergedError, StoppedError
 from repbnn_cli.logits import logits_of
 from repbnn_cli.runs import Progress
@@ -140,7 +141,7 @@ def finetune(
     with ExitStack() as stack:
         run = Run(run_dir, keep=options.keep, resume=resume)
         ranks.on_first(lambda: stack.enter_context(run))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(seeds.kept([device] if device.type == "cuda" else []))
         stack.enter_context(synchronised(network, ranks))
         stack.enter_context(backends.running_on(network, options.backend, ranks, options.gradients))
         forward = compiled.forward_of(network, options.compile, feed, recipe, ranks.size)
@@ -149,7 +150,7 @@ def finetune(
             on_note(forward.note)
         signals = stack.enter_context(Signals(patient=ranks.size > 1))
         ranks.on_first(lambda: run.begin(fingerprint, recipe.text, environment))
-        torch.manual_seed(seed + ranks.rank)
+        seeds.seed(seed + ranks.rank)
         facts = {"recipe": recipe.name, "recipe_text": recipe.text, "seed": seed, "data": dataset.name,
                  "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes)}  # fmt: skip
         trainer = _Trainer(network, forward.call, recipe, feed, run, fingerprint, options, device, ranks, signals,
@@ -217,6 +218,7 @@ class _Trainer:
         self.optimizer_state = stored["optimizer"]
         # Copies: a generator reads the storage behind a view from its beginning.
         torch.set_rng_state(stored["rng"][self.ranks.rank].clone())
+        seeds.set_states(stored["rng_others"][self.ranks.rank])
         if self.device.type == "cuda" and stored["rng_device"] is not None:
             torch.cuda.set_rng_state(stored["rng_device"][self.ranks.rank].clone(), self.device)
 
@@ -228,6 +230,7 @@ class _Trainer:
         each = {
             "totals": gather(self.totals),
             "rng": gather(torch.get_rng_state()),
+            "rng_others": gather(seeds.states()),
             "rng_device": gather(torch.cuda.get_rng_state(self.device)) if cuda else None,
         }
         self.saved_at = time.perf_counter()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import repbnn_cli
+from repbnn_cli import seeds
 from repbnn_cli.errors import UsageError
 from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.logits import checked_logits
@@ -81,7 +82,7 @@ def check(
         if part is None:
             continue
         training = part.training
-        with torch.no_grad():
+        with torch.no_grad(), seeds.kept():
             checked_logits(part.eval(), example, classes, name)
         part.train(training and part is network)
     returned = 1

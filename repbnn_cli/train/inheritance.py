@@ -99,7 +99,7 @@ class Preparation:
         if left and self.on_note is not None:
             self.on_note(
                 f"{len(left)} of {len(made)} layers keep what they inherited ({some(left)}): called as functions, "
-                "several times or in training alone, or behind them nothing that the source has a value for"
+                "several times or in training alone, frozen, or behind them nothing that the source has a value for"
             )
 
 

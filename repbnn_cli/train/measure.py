@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.logits import checked_logits, logits_of
+from repbnn_cli.restoring import modes_kept
 from repbnn_cli.train.ranks import Ranks
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
@@ -48,7 +48,7 @@ def evaluate(
     """
     totals: Tensor | None = None
     forward = forward or network
-    with _modes_kept(network):
+    with modes_kept(network):
         network.eval()
         for images, labels in batches:
             if classes is not None and totals is None:
@@ -58,7 +58,9 @@ def evaluate(
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_full((), len(labels))])
-            totals = sums.double() if totals is None else totals + sums
+            if totals is None:  # Apple's GPUs have no double; float holds each image of 16 million
+                totals = sums.new_zeros(4, dtype=torch.float32 if sums.device.type == "mps" else torch.float64)
+            totals = totals + sums
     if ranks is not None and ranks.size > 1:
         totals = ranks.sum(torch.zeros(4, dtype=torch.float64, device=device_of(network)) if totals is None else totals)
     if totals is None:
@@ -73,11 +75,13 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
 
     0 for a network without any. Only normalisations are in training mode meanwhile, so that nothing random runs; modes
     and momenta are as before afterwards. Every layer sees the batch statistics of those before it, as in training.
+    Those that the network keeps in eval mode when it is trained keep their statistics.
     """
-    norms, seen = norms_of(network), 0
+    kept, seen = kept_in_eval(network), 0
+    norms = [norm for norm in norms_of(network) if norm not in kept]
     if not norms:
         return 0
-    with _modes_kept(network):
+    with modes_kept(network):
         network.eval()
         with estimating(norms):
             for images, _ in islice(batches, n):
@@ -93,6 +97,13 @@ def norms_of(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if any(isinstance(getattr(m, n, None), Tensor) for n in RUNNING)]
 
 
+def kept_in_eval(network: nn.Module) -> set[nn.Module]:
+    """The modules that stay in eval mode when the network is trained, because its own `train` says so."""
+    with modes_kept(network):
+        network.train()
+        return {module for module in network.modules() if not module.training}
+
+
 @contextmanager
 def estimating(norms: Iterable[nn.Module]) -> Iterator[None]:
     """Meanwhile running statistics follow the batches that come by; modes return after.
@@ -100,33 +111,21 @@ def estimating(norms: Iterable[nn.Module]) -> Iterator[None]:
     torch's BatchNorms start over, as plain averages; the user's own go on from where they are, in their own way.
     """
     norms = list(norms)
-    modes = [norm.training for norm in norms]
     momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, _BatchNorm)]
     for averaged, _ in momenta:
         averaged.reset_running_stats()
         averaged.momentum = None
-    for norm in norms:
-        norm.training = True
-    try:
-        yield
-    finally:
-        for norm, training in zip(norms, modes, strict=True):
-            norm.training = training
-        for averaged, momentum in momenta:
-            averaged.momentum = momentum
+    with modes_kept(*norms):
+        for norm in norms:
+            norm.training = True
+        try:
+            yield
+        finally:
+            for averaged, momentum in momenta:
+                averaged.momentum = momentum
 
 
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's tensors are; the CPU for one without any."""
     first = next(itertools.chain(network.parameters(), network.buffers()), None)
     return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def _modes_kept(network: nn.Module) -> Any:
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d
+from repbnn_cli.errors import UsageError
+from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, is_batch_norm
+from repbnn_cli.train.measure import kept_in_eval, norms_of
 from repbnn_cli.train.ranks import Ranks
 
 
 @contextmanager
 def synchronised(network: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Meanwhile every BatchNorm in training mode normalises by the statistics of the batch of all ranks."""
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)] if ranks.size > 1 else []
+    """Meanwhile every BatchNorm in training mode normalises by the statistics of the batch of all ranks.
+
+    Raises UsageError for normalisations in code of the user's own, which would take those of a part of the batch.
+    """
+    norms = _norms(network) if ranks.size > 1 else []
     for norm in norms:
         # On the instance, where it goes before the class's method and is no part of the state dict.
         if isinstance(norm, RepBatchNorm1d | RepBatchNorm2d):
@@ -36,6 +41,20 @@ def synchronised(network: nn.Module, ranks: Ranks) -> Iterator[None]:
         for norm in norms:
             norm.__dict__.pop("_normalise", None)
             norm.__dict__.pop("forward", None)
+
+
+def _norms(network: nn.Module) -> list[_BatchNorm]:
+    kept, running, found = kept_in_eval(network), set(norms_of(network)), []
+    for path, module in network.named_modules():
+        if module in kept or not (isinstance(module, _BatchNorm) or module in running):
+            continue
+        if not is_batch_norm(module):
+            raise UsageError(
+                f"{path}: {type(module).__name__} takes statistics of its batch by code of its own, and each process "
+                "sees a part of the batch only; train in one process"
+            )
+        found.append(module)
+    return found
 
 
 def _forward(norm: _BatchNorm, ranks: Ranks, x: Tensor) -> Tensor:

@@ -55,14 +55,21 @@ class Ranks:
         One collective after the backward, not many during it: these networks have few weights, a step may consist of
         several backwards, and the forward may be anything (compiled, or foreign code), without a wrapper around it.
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.size == 1 or not gradients:
+        if self.size == 1 or not parameters:
             return
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+        # Not every rank has every gradient: a forward may leave a layer out by chance. What none has stays None.
+        missing = [p.grad is None for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        known = gradients[0].new_tensor([not m for m in missing])
+        flat = torch.cat([known, *(g.reshape(-1) for g in gradients)])
         dist.all_reduce(flat)
         flat /= self.size
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view(gradient.shape))
+        known, *means = flat.split([len(gradients), *(g.numel() for g in gradients)])
+        for parameter, gradient, mean in zip(parameters, gradients, means, strict=True):
+            parameter.grad = gradient.copy_(mean.view(gradient.shape))
+        for parameter, ranks, absent in zip(parameters, known, missing, strict=True):
+            if absent and not ranks:  # to read it is to wait for a GPU: only where this rank had none
+                parameter.grad = None
 
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers: how they agree on stopping."""

@@ -31,12 +31,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Folded, State, Tiled, plain
-from repbnn_cli.errors import DivergedError
+from repbnn_cli.errors import DivergedError, UsageError
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
+from repbnn_cli.restoring import modes_kept
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.tracer import execute, fetch
-from repbnn_cli.train.measure import estimating, norms_of
+from repbnn_cli.train.measure import estimating, kept_in_eval, norms_of
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
 # Modules that the plan calls per channel do, too.
@@ -73,27 +74,30 @@ def reconstruct(
     batches: list[Tensor],
     *,
     steps: int = 200,
-    seed: int = 0,
     spread: float = 0.0,
     on_unit: Callable[[Fitted], None] | None = None,
 ) -> list[Fitted]:
     """Fits `rep`, which plan made, in place; batches: images (N, C, H, W) each, as training prepares them.
 
     steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
-    keep what they inherited. spread: replicas of a channel aim from so many of its standard deviations below the
+    keep what they inherited, as do frozen parameters (requires_grad = False) and the statistics of BatchNorms that the
+    network keeps in eval mode. spread: replicas of a channel aim from so many of its standard deviations below the
     source's values to so many above, where a BatchNorm behind the convolution has a shift for each of them.
     Afterwards rep is in eval mode.
     """
     rep.eval()
     plan.network.module.eval()
-    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(seed), spread, on_unit)
+    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(0), spread, on_unit)
     with _mid_schedule(rep):
         fitting.run()
     return fitting.done
 
 
 def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: int) -> list[Tensor]:
-    """The first batches of a training epoch, at most `images` of them, and as many as MEMORY holds with all values."""
+    """The first batches of a training epoch, at most `images` of them, and as many as MEMORY holds with all values.
+
+    Raises UsageError for less than two at a time.
+    """
     sizes = [n.meta["value"] for n in plan.network.graph.nodes if isinstance(n.meta.get("value"), Tensor)]
     largest = max(value.numel() // len(value) for value in sizes if value.dim() > 1) * plan.beta
     wanted = min(images, MEMORY // (4 * largest * _ALIVE))
@@ -105,6 +109,11 @@ def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: in
         wanted -= len(batch)
     if len(found) > 1 and len(found[-1]) < len(found[0]):
         found.pop()
+    if not found or len(found[0]) < 2:
+        raise UsageError(
+            "--fit: takes two images at a time at least, for statistics of BatchNorm: as a batch, and in memory "
+            f"({MEMORY / 2**30:g} GiB for the values of a network); --fit 0 leaves it out"
+        )
     return found
 
 
@@ -115,6 +124,7 @@ class _Fitting:
     ) -> None:  # fmt: skip
         self.plan, self.rep, self.source = plan, rep, plan.network
         self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
+        self.kept = kept_in_eval(rep)
         self.chunks = len(batches)
         self.done: list[Fitted] = []
         by_name = {node.name: node for node in self.source.graph.nodes}
@@ -159,8 +169,10 @@ class _Fitting:
             wanted = self._apart(unit, wanted)
         modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
-        norms = [m for module in modules for m in norms_of(module)]
-        with _training(modules, parameters):
+        norms = self._estimated(modules)
+        if not parameters:
+            return
+        with self._training(modules):
             self._start_norms(unit)
             if apart:
                 self._centre(unit, wanted)
@@ -287,8 +299,20 @@ class _Fitting:
             fetch(self.rep, str(n.target)) for member in unit for n in member.all_input_nodes
             if n.op == "get_attr" and self.uses[str(n.target)] == 1
         ]  # fmt: skip
-        unique = {id(p): p for p in named if isinstance(p, nn.Parameter)}
+        unique = {id(p): p for p in named if isinstance(p, nn.Parameter) and p.requires_grad}
         return list(unique.values())
+
+    def _estimated(self, modules: list[nn.Module]) -> list[nn.Module]:
+        """The normalisations in them whose statistics are estimated anew."""
+        return [norm for module in modules for norm in norms_of(module) if norm not in self.kept]
+
+    @contextmanager
+    def _training(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Meanwhile the modules are in training mode, but for those that the network keeps in eval mode."""
+        with modes_kept(*modules):
+            for m in (m for module in modules for m in module.modules()):
+                m.training = m not in self.kept
+            yield
 
     def _end(self, unit: list[fx.Node], chunk: int) -> Tensor:
         """The unit's last value on one batch, with gradients for its parameters."""
@@ -306,9 +330,11 @@ class _Fitting:
         return rep_layers.unfold(result, self.plan.beta) if self._unfolds(unit) else result
 
     def _norm(self, unit: list[fx.Node]) -> _BatchNorm | None:
-        """The BatchNorm right behind the convolution, where it has scale and shift."""
+        """The BatchNorm right behind the convolution, where it has scale and shift to be fitted."""
         module = fetch(self.rep, str(unit[1].target)) if len(unit) > 1 and unit[1].op == "call_module" else None
-        return module if isinstance(module, _BatchNorm) and module.affine else None
+        if not isinstance(module, _BatchNorm) or not module.affine or module in self.kept:
+            return None
+        return module if module.weight.requires_grad and module.bias.requires_grad else None
 
     @torch.no_grad()
     def _start_norms(self, unit: list[fx.Node]) -> None:
@@ -350,7 +376,7 @@ class _Fitting:
         """Estimates the statistics of a BatchNorm outside of any unit when its input is there."""
         if node.op != "call_module" or str(node.target) in self.settled:
             return
-        norms = norms_of(fetch(self.rep, str(node.target)))
+        norms = self._estimated([fetch(self.rep, str(node.target))])
         if norms:
             with estimating(norms):
                 for chunk in range(self.chunks):
@@ -397,23 +423,6 @@ def _ancestors(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
     for node in graph.nodes:
         found[node] = set().union(*({n} | found[n] for n in node.all_input_nodes))
     return found
-
-
-@contextmanager
-def _training(modules: list[nn.Module], parameters: list[Tensor]) -> Iterator[None]:
-    asked = [p.requires_grad for p in parameters]
-    for module in modules:
-        module.train()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.eval()
-        for parameter, before in zip(parameters, asked, strict=True):
-            parameter.requires_grad_(before)
-            parameter.grad = None
 
 
 @contextmanager

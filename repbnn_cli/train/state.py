@@ -20,7 +20,7 @@ import hashlib
 import io
 import json
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
-from repbnn_cli.runs import METRICS, TIMING, states
+from repbnn_cli.runs import ENVIRONMENT, METRICS, RECIPE, RECORD, TIMING, json_object, states
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
-FORMAT, VERSION = "repbnn-run", 1
+FORMAT, VERSION = "repbnn-run", 2
 TABLE = "metrics.csv"
 COLUMNS = (
     "stage", "epoch", "step", "lr", "t", "k", "tau", "loss", "train_top1", "test_loss", "test_top1", "test_top5",
@@ -65,7 +65,7 @@ class Run:
         self._lock: int | None = None
 
     def __enter__(self) -> Run:
-        if self.resume and not (self.path / "run.json").exists():
+        if self.resume and not (self.path / RECORD).exists():
             raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -92,23 +92,22 @@ class Run:
 
     def begin(self, fingerprint: Mapping[str, Any], recipe: str, environment: Mapping[str, Any]) -> None:
         """Claims the folder for a run, or checks that the run in it is this one. Raises UsageError."""
-        record = self.path / "run.json"
+        record = self.path / RECORD
         if not self.resume:
             if record.exists():
                 raise UsageError(f"{self.path}: holds a run already; --resume continues it, or give another folder")
-            atomic_write_text(self.path / "recipe.yaml", recipe, force=True)
-            atomic_write_text(self.path / "environment.json", _json(environment, indent=2), force=True)
+            left = [self.path / name for name in (METRICS, TABLE, TIMING)] + list(self.checkpoints.glob("*.pt"))
+            if left := [path for path in left if path.exists()]:  # a state of another run would pass for this one's
+                raise UsageError(f"{left[0]}: is of a run that is gone; remove it, or give another folder")
+            atomic_write_text(self.path / RECIPE, recipe, force=True)
+            atomic_write_text(self.path / ENVIRONMENT, _json(environment, indent=2), force=True)
             atomic_write_text(record, _json(fingerprint, indent=2))  # last: from here on there is a run to resume
             return
         # The weights that a run began with are in its state; the caller's only count when there is none yet.
-        _check(self._record(), fingerprint, record, [key for key in fingerprint if key != "weights"])
+        _check(json_object(self.path / RECORD), fingerprint, record, [key for key in fingerprint if key != "weights"])
         # But what is said of them in results has to be true of those that the run began with.
-        known = json.loads((self.path / "environment.json").read_text("utf-8"))
-        _check(known["network"], environment["network"], self.path / "environment.json", ["sha256"])
-
-    def _record(self) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
-        return record
+        known = json_object(self.path / ENVIRONMENT).get("network")
+        _check(known or {}, environment["network"], self.path / ENVIRONMENT, ["sha256"])
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -130,20 +129,23 @@ class Run:
         """The last state, after the metrics were cut to what it knows; None when the run had not saved one yet."""
         found = self.states()
         if not found:
-            _check(self._record(), fingerprint, self.path / "run.json", list(fingerprint))
+            _check(json_object(self.path / RECORD), fingerprint, self.path / RECORD, list(fingerprint))
             self._cut(dict.fromkeys((METRICS, TABLE, TIMING), 0))
             return None
         path = found[-1]
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} in it is another one")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            first_line = " ".join(str(error).split())[:120]
+        except Exception as error:  # bytes of any kind: whatever reading them raises
+            first_line = " ".join(str(error).split())[:120] or type(error).__name__
             raise CheckpointError(
                 f"{path}: cannot be read ({first_line}); remove it to resume from the one before"
             ) from None
         if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (FORMAT, VERSION):
             raise CheckpointError(f"{path}: is not a state of this version's runs; remove it, or start anew")
-        _check(state["fingerprint"], self._record(), path, list(fingerprint))
+        _check(state["fingerprint"], json_object(self.path / RECORD), path, list(fingerprint))
         self._cut(state["lengths"])
         return state
 

@@ -93,12 +93,14 @@ def optimizer_for(network: nn.Module, stage: Stage, lr: Tensor) -> torch.optim.O
     made = stage.optimizer
     kernels: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
     for module in network.modules():
         name = module.kernel_name if isinstance(module, BinaryConv2d) else "weight"
         for key, parameter in module.named_parameters(recurse=False):
             # Foreign binary convolutions, too: a kernel is what a layer with a kernel_size calls its weight(s).
             is_kernel = hasattr(module, "kernel_size") and key in (name, "weights")
-            if parameter.requires_grad and all(parameter is not p for p in (*kernels, *others)):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
                 (kernels if is_kernel else others).append(parameter)
     groups = [{"params": kernels, "weight_decay": made.weight_decay.kernels},
               {"params": others, "weight_decay": made.weight_decay.others}]  # fmt: skip

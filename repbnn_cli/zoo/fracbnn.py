@@ -7,7 +7,6 @@ Shortcuts have no weights: average pooling, then duplicated channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -98,11 +97,8 @@ class MobileBlock(nn.Module):
 
 
 class FracBNNImageNet(nn.Module):
-    """(N, 3, 224, 224) normalised → (N, num_classes) logits, or (logits, teacher logits) once a teacher is attached.
-
-    The teacher, a float network to distil from, wants normalised images; img_std and img_mean take the same images
-    back to [0, 1] for the encoder. The teacher is no part of this network's state dict, parameters or device moves.
-    """
+    """(N, 3, 224, 224) normalised → (N, num_classes) logits; img_std and img_mean take images back to [0, 1] for the
+    encoder."""
 
     img_mean: Tensor
     img_std: Tensor
@@ -121,21 +117,11 @@ class FracBNNImageNet(nn.Module):
         self.model = nn.Sequential(*layers)
         self.fc = nn.Linear(MOBILE_WIDTHS[-1], num_classes)
         self.encoder = encoder
-        self.teacher: Callable[[Tensor], Tensor] | None = None
 
-    def attach_teacher(self, teacher: nn.Module) -> None:
-        """Make forward return (logits, teacher logits); the caller puts the teacher on the right device and mode."""
-        # As a bound method, because assigning a module would register its tensors in the state dict.
-        self.teacher = teacher.__call__
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         features = self.model(self.encoder(x * self.img_std + self.img_mean))
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(features, 1).flatten(1))
-        if self.teacher is None:
-            return logits
-        with torch.no_grad():
-            lesson = self.teacher(x)
-        return logits, lesson
+        return logits
 
 
 def fracbnn_resnet20(num_classes: int) -> nn.Module:
