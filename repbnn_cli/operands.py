@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
+from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile, layout
 from repbnn_cli.recognize import Layer
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import evaluate, roots
@@ -16,7 +16,11 @@ from repbnn_cli.tracer import fetch
 
 
 class CannotTellError(Exception):
-    """Why the parameters of a call cannot be resized, in words for a refusal."""
+    """Why the parameters of a call cannot be resized, in words for a refusal, and a way out where there is another."""
+
+    def __init__(self, what: str, remedy: str | None = None) -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
 def operand_recipes(
@@ -59,7 +63,12 @@ def _sides(
     exact = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape]
     matrices = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape[::-1] and held[n].ndim == 2]
     turned = [n for n in matrices if _is_turned(module, kernel, n, held)]
-    kernels = tuple(turned or exact or candidates)
+    flat = [n for n in candidates if layout(tuple(held[n].shape), layer.kernel_shape, layer.kernel_shape) is not None]
+    kernels = tuple(turned or exact or flat)
+    if candidates and not kernels:
+        name, shape = candidates[0], tuple(held[candidates[0]].shape)
+        raise CannotTellError(f"the axes of {name} {shape}, its kernel {layer.kernel_shape} in another order",
+                              "store it in that order, and the checkpoint's with it")  # fmt: skip
     if not kernels:
         found = ", ".join(f"{n} {tuple(t.shape)}" for n, t in held.items()) or "no parameter"
         raise CannotTellError(f"which parameter holds its kernel {layer.kernel_shape} (it is computed from {found})")

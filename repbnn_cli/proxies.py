@@ -89,6 +89,14 @@ class ValueProxy(fx.Proxy):
     def __index__(self) -> int:
         return operator.index(self._freeze("an index or range"))
 
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, list | tuple):  # `n * [x]`: a list is no value of a graph
+            return operator.index(self) * other
+        return super().__mul__(other)  # type: ignore[misc]
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other if isinstance(other, list | tuple) else super().__rmul__(other)  # type: ignore[misc]
+
     def __float__(self) -> float:
         return float(self._freeze("a float()"))
 

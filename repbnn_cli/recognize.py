@@ -238,9 +238,9 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
     size = torch.Size(shape).numel()
     candidates = [n for n, t in tensors.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(tensors[n].shape) == stored]
-    # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
     others = [n for n in candidates if n not in exact and layout(tuple(tensors[n].shape), shape, shape) is not None]
-    kernels = tuple(exact if first.transposed else [*exact, *others] if exact else candidates)
+    # Copies (a latent kernel and the one that it is written to) are all handled alike; parameters come first.
+    kernels = tuple(exact if exact and first.transposed else [*exact, *others])
     learns = any(True for _ in module.parameters())
     if not learns and (not kernels or first.kernel_shape[:2] == (1, 1)):
         return Layer(path, "weightless", f"{name} applies a fixed filter, made in its forward or for one channel")

@@ -163,8 +163,8 @@ class ModuleWalk(OperatorWalk):
             recipes = operand_recipes(self.network.module, kernel, bias, layer, way, index, after)
         except CannotTellError as error:
             self._refuse(
-                node, f"cannot tell {error}", "keep the module that calls it whole (rule file: `modules: [{match: "
-                "{type: ITS_CLASS}, role: binary_conv, kernel: weight}]`)",
+                node, f"cannot tell {error}", error.remedy or "keep the module that calls it whole (rule file: "
+                "`modules: [{match: {type: ITS_CLASS}, role: binary_conv, kernel: weight}]`)",
             )  # fmt: skip
         for path, recipe in recipes.items():
             self._parameter_edit(path, rule, recipe)

@@ -197,8 +197,11 @@ def calibrate(
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
     memory.keep_freed(where)
-    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where, report=views.say)
-    pupil.network.to(where)
+    networks = [pupil.network.to(where), *([prepare.plan.network.module.to(where)] if prepare.plan else [])]
+    last = feeds.takes_channels_last(dataset, where, *networks)
+    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where, channels_last=last, report=views.say)
+    if not last:
+        views.say(feeds.CONTIGUOUS)
     with torch.no_grad():  # what does not fit the data is said before minutes of fitting
         checked_logits(pupil.network.eval(), feed.example, len(dataset.classes))
     inherited = prepare(pupil.network, feed)
@@ -300,8 +303,9 @@ def recipes_check(name: str) -> None:
 def _measured(
     pupil: Pupil, recipe: Recipe, dataset: Dataset | ImageFolders, device: torch.device, *, compile_mode: str = "off"
 ) -> measure.Evaluation:
-    images = feeds.eval_images(dataset, recipe.header, device=device, damages=Damages(views.say))
     network = pupil.network.to(device).eval()
+    last = feeds.takes_channels_last(dataset, device, network)
+    images = feeds.eval_images(dataset, recipe.header, device=device, channels_last=last, damages=Damages(views.say))
     if compile_mode == "off":
         return measure.evaluate(network, images(), classes=len(dataset.classes))
     forward = compiled.inference_of(network, compile_mode, next(iter(images()))[0], len(dataset.test))

@@ -28,7 +28,7 @@ from repbnn_cli.runs import Progress
 from repbnn_cli.train import backends, compiled, guards, health, measure, memory, recipes, state
 from repbnn_cli.train.captured import Captured
 from repbnn_cli.train.data import Dataset, ImageFolders
-from repbnn_cli.train.feeds import Feed, open_feed
+from repbnn_cli.train.feeds import CONTIGUOUS, Feed, open_feed, takes_channels_last
 from repbnn_cli.train.guards import Signals
 from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.norms import synchronised
@@ -114,14 +114,17 @@ def finetune(
     """
     options, device, ranks = options or Options(), torch.device(device), ranks or Ranks()
     recipes.check_data(recipe, dataset.name)
+    networks = [part.to(device) for part in (network, teacher) if part is not None]
+    sources = [prepare.plan.network.module.to(device)] if prepare is not None and prepare.plan is not None else []
+    if options.channels_last and not takes_channels_last(dataset, device, *networks, *sources):
+        options = replace(options, channels_last=False)
+        if on_note is not None:
+            on_note(CONTIGUOUS)
     feed = open_feed(dataset, recipe.header, seed=seed, device=device, channels_last=options.channels_last,
                      eval_batch=options.eval_batch, workers=options.workers, rank=ranks.rank,
                      world=ranks.size, report=on_note)  # fmt: skip
-    for part in (network, teacher):
-        if part is not None:
-            part.to(device=device)
-            if options.channels_last:
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in networks if options.channels_last else ():
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     outputs = guards.check(network, teacher, recipe, feed.example, len(dataset.classes))
     if outputs and on_note is not None:
         on_note(outputs)

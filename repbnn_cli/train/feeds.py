@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repbnn_cli.errors import DataError, UsageError
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.train.batches import Source
 from repbnn_cli.train.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
 from repbnn_cli.train.image_crops import Augmentation
@@ -91,6 +92,27 @@ def open_feed(
     changed = recipe.augmentation == "cifar"
     train = Batches(dataset.train, recipe.batch, seed=seed, pad=4 if changed else 0, flip=changed, **place, **look)
     return Feed(train, test, next(iter(eval_batches(dataset.test, 2, **look)))[0])
+
+
+CONTIGUOUS = (
+    "images stay contiguous in memory, which is slower: a `.view()` in the network's code takes no channels_last"
+)
+
+
+def takes_channels_last(dataset: Dataset | ImageFolders, device: torch.device, *networks: nn.Module) -> bool:
+    """Whether networks on the device run on images of the data set in channels_last: `x.view(len(x), -1)` in a forward
+    wants them contiguous. Other errors are not asked for here."""
+    shape = (3, 224, 224) if isinstance(dataset, ImageFolders) else dataset.test.images.shape[1:]
+    images = torch.zeros((2, *shape), device=device).contiguous(memory_format=torch.channels_last)
+    for network in networks:
+        for training in (False, True):
+            with unchanged(network), torch.no_grad():
+                try:
+                    network.train(training)(images)
+                except Exception as error:
+                    if "view size is not compatible" in str(error):
+                        return False
+    return True
 
 
 def eval_images(
