@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Residual, conv, randomize, transformed
+from networks import Residual, Sign, conv, randomize, transformed
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from train_examples import tiny
@@ -133,6 +133,74 @@ def test_what_two_parts_share_is_fitted_to_neither() -> None:
     assert [unit.path for unit in units] == ["conv1", "conv4", "fc"]
     assert torch.equal(rep.get_parameter("act.weight"), slopes)
     assert not torch.equal(rep.get_parameter("bn4.weight"), torch.ones(16))
+
+
+class Whole(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(Sign.apply(x), scaled(self.weight), None, self.stride, self.padding)
+
+
+def scaled(weight: Tensor) -> Tensor:
+    return Sign.apply(weight) * weight.abs().mean((1, 2, 3), keepdim=True)
+
+
+class Called(Residual):
+    """The same, in a forward that is traced into: the layers are calls, and their kernels are computed in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        x = self.bn1(F.conv2d(Sign.apply(x), scaled(self.conv1.weight), padding=1)) + x
+        y = F.conv2d(Sign.apply(x), scaled(self.conv2.weight), stride=2, padding=1)
+        x = self.act(self.bn2(y) + self.bn3(self.shortcut(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_layers_that_a_forward_calls_as_functions_are_fitted_as_modules_are() -> None:
+    found = []
+    for kind in (Residual, Called):
+        torch.manual_seed(0)
+        model = kind()
+        model.conv1, model.conv2 = Whole(8, 8, 3, padding=1), Whole(8, 16, 3, 2, padding=1)
+        plan, rep = made(model)
+        units = reconstruct.reconstruct(plan, rep, batches(), steps=20, spread=0.5)
+        found.append([(unit.before, unit.after) for unit in units])
+        assert len(units) == 4
+        state = rep.state_dict()
+        found.append([state[name] for name in ("conv1.weight", "conv2.weight", "bn2.bias", "fc.weight")])
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[3])
+
+
+class CalledTwice(Residual):
+    """One kernel in two places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        x = self.bn1(F.conv2d(Sign.apply(x), scaled(self.conv1.weight), padding=1)) + x
+        x = self.bn4(F.conv2d(Sign.apply(x), scaled(self.conv1.weight), padding=1)) + x
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_kernel_that_two_calls_share_is_fitted_to_neither() -> None:
+    model = CalledTwice()
+    model.bn4, model.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+    plan, rep = made(model)
+    before = rep.get_parameter("conv1.weight").clone()
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=10)
+    assert len(units) == 3
+    assert torch.equal(rep.get_parameter("conv1.weight"), before)
+
+
+def test_what_is_left_is_said_with_its_reason() -> None:
+    model = Residual()
+    model.conv2.weight.requires_grad_(False)
+    for parameter in (*model.bn2.parameters(), *model.act.parameters()):
+        parameter.requires_grad_(False)
+    plan, rep = made(model)
+    left: dict[str, str] = {}
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=1, on_left=left.__setitem__)
+    assert left == {"conv2": "frozen, or used elsewhere, too"}
+    assert [unit.path for unit in units] == ["conv1", "shortcut", "fc"]
 
 
 def test_targets_are_not_apart_where_replicas_share_their_shifts() -> None:

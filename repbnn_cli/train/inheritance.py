@@ -78,10 +78,15 @@ class Preparation:
                     after_unit()
 
             self.plan.network.module.to(measure.device_of(network))
+            left: dict[str, list[str]] = {}
             units = reconstruct.reconstruct(
-                self.plan, network, batches, steps=self.fit, spread=self.spread, on_unit=heard
-            )
-            self._say_what_was_left({unit.path for unit in units})
+                self.plan, network, batches, steps=self.fit, spread=self.spread, on_unit=heard,
+                on_left=lambda path, why: left.setdefault(why, []).append(path),
+            )  # fmt: skip
+            if left and self.on_note is not None:
+                reasons = "; ".join(f"{some(paths)}: {why}" for why, paths in left.items())
+                count = sum(map(len, left.values()))
+                self.on_note(f"{count} of {count + len(units)} layers keep what they inherited ({reasons})")
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
         if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
@@ -91,16 +96,6 @@ class Preparation:
         if self.batches:
             facts["calibrated_batches"] = measure.calibrate(network, feed.train.epoch(0), self.batches)
         return facts
-
-    def _say_what_was_left(self, fitted: set[str]) -> None:
-        assert self.plan is not None
-        made = [e.path for e in self.plan.edits if e.action in ("rep_conv", "select_inputs")]
-        left = [path for path in made if path not in fitted]
-        if left and self.on_note is not None:
-            self.on_note(
-                f"{len(left)} of {len(made)} layers keep what they inherited ({some(left)}): called as functions, "
-                "several times or in training alone, frozen, or behind them nothing that the source has a value for"
-            )
 
 
 @dataclass(frozen=True)

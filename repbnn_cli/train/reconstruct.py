@@ -36,6 +36,7 @@ from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
 from repbnn_cli.restoring import modes_kept
 from repbnn_cli.rewrite_operators import unfoldable
+from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating, kept_in_eval, norms_of
 
@@ -76,18 +77,20 @@ def reconstruct(
     steps: int = 200,
     spread: float = 0.0,
     on_unit: Callable[[Fitted], None] | None = None,
+    on_left: Callable[[str, str], None] | None = None,
 ) -> list[Fitted]:
     """Fits `rep`, which plan made, in place; batches: images (N, C, H, W) each, as training prepares them.
 
-    steps: of Adam per convolution, each on one batch. Convolutions that are called as functions, or several times,
-    keep what they inherited, as do frozen parameters (requires_grad = False) and the statistics of BatchNorms that the
-    network keeps in eval mode. spread: replicas of a channel aim from so many of its standard deviations below the
+    steps: of Adam per convolution, each on one batch. Convolutions that are called several times keep what they
+    inherited, as do frozen parameters (requires_grad = False), parameters that are used elsewhere, too, and the
+    statistics of BatchNorms that the network keeps in eval mode; on_left hears of each convolution that is left as it
+    is, and why. spread: replicas of a channel aim from so many of its standard deviations below the
     source's values to so many above, where a BatchNorm behind the convolution has a shift for each of them.
     Afterwards rep is in eval mode.
     """
     rep.eval()
     plan.network.module.eval()
-    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(0), spread, on_unit)
+    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(0), spread, on_unit, on_left)
     with _mid_schedule(rep):
         fitting.run()
     return fitting.done
@@ -120,26 +123,31 @@ def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: in
 class _Fitting:
     def __init__(
         self, plan: Plan, rep: fx.GraphModule, batches: list[Tensor], steps: int, random: torch.Generator,
-        spread: float, on_unit: Callable[[Fitted], None] | None,
+        spread: float, on_unit: Callable[[Fitted], None] | None, on_left: Callable[[str, str], None] | None,
     ) -> None:  # fmt: skip
         self.plan, self.rep, self.source = plan, rep, plan.network
         self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
+        self.on_left = on_left or (lambda path, why: None)
+        self.static = static_nodes(rep.graph)
         self.kept = kept_in_eval(rep)
         self.chunks = len(batches)
         self.done: list[Fitted] = []
         by_name = {node.name: node for node in self.source.graph.nodes}
         self.twin = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
         self.uses = Counter(str(n.target) for n in rep.graph.nodes if n.op in ("call_module", "get_attr"))
-        fitted = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs") and e.layout is None}
+        made = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs")}
         self.waiting = {
-            n for n in rep.graph.nodes if n.op == "call_module" and n.target in fitted and self.uses[n.target] == 1
+            n for n in rep.graph.nodes if n.op == "call_module" and n.target in made and self.uses[n.target] == 1
         }
+        for path in made - {str(n.target) for n in self.waiting}:
+            self.on_left(path, "called several times" if self.uses[path] else "called in training alone")
         self.values: dict[fx.Node, Chunks] = {}
         self.targets: dict[fx.Node, Chunks] = {}
         self.unused = last_uses(rep.graph)
         self.computed: set[fx.Node] = set()
         self.behind = _ancestors(rep.graph)
         self.settled: set[str] = set()
+        self.computing: list[fx.Node] = []  # of the unit at hand, see _computing
         for own, theirs in zip(_inputs(rep.graph), _inputs(self.source.graph), strict=True):
             self.values[own] = self.targets[theirs] = list(batches)
 
@@ -159,8 +167,10 @@ class _Fitting:
     def _fit(self, conv: fx.Node) -> None:
         unit = self._unit(conv)
         if not unit:
-            return
-        outer = {n for member in unit for n in member.all_input_nodes if n not in unit and n.op != "get_attr"}
+            return self.on_left(str(conv.target), "nothing behind it that the source has a value for")
+        self.computing = computing = self._computing(unit)
+        members = {*unit, *computing}
+        outer = {n for member in members for n in member.all_input_nodes if n not in members and n.op != "get_attr"}
         for node in outer:
             self._available(node)
         wanted = self._wanted(unit)
@@ -171,7 +181,7 @@ class _Fitting:
         parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
         norms = self._estimated(modules)
         if not parameters:
-            return
+            return self.on_left(str(conv.target), "frozen, or used elsewhere, too")
         with self._training(modules):
             self._start_norms(unit)
             if apart:
@@ -198,11 +208,30 @@ class _Fitting:
                 with torch.no_grad():
                     self._end(unit, chunk)
         self.settled |= {str(n.target) for n in unit if n.op == "call_module"}
+        for node in computing:  # from parameters that are others now
+            self.values.pop(node, None)
         for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
             del self.targets[node]
         self.done.append(Fitted(str(conv.target), before, after))
         if self.on_unit is not None:
             self.on_unit(self.done[-1])
+        return None
+
+    def _computing(self, unit: list[fx.Node]) -> list[fx.Node]:
+        """What computes kernels and scales of the unit from parameters, in the graph's order."""
+        found: set[fx.Node] = set()
+        todo = list(unit)
+        while todo:
+            inputs = {n for n in todo.pop().all_input_nodes if n in self.static and n.op != "get_attr"} - found
+            inputs = {n for n in inputs if self.static.issuperset(n.all_input_nodes)}  # not x.dtype
+            found |= inputs
+            todo += inputs
+        return [n for n in self.rep.graph.nodes if n in found]
+
+    def _owns(self, unit: list[fx.Node], node: fx.Node) -> bool:
+        """Whether nothing outside of the unit takes a parameter, or what is computed from it."""
+        once = node.op != "get_attr" or self.uses[str(node.target)] == 1
+        return once and all(user in unit or (user in self.static and self._owns(unit, user)) for user in node.users)
 
     def _unit(self, conv: fx.Node) -> list[fx.Node]:
         """The convolution and what follows it up to the last value whose target is known; [] where there is none."""
@@ -296,8 +325,8 @@ class _Fitting:
     def _parameters(self, unit: list[fx.Node], modules: list[nn.Module]) -> list[Tensor]:
         named = [p for module in modules for p in module.parameters()]
         named += [
-            fetch(self.rep, str(n.target)) for member in unit for n in member.all_input_nodes
-            if n.op == "get_attr" and self.uses[str(n.target)] == 1
+            fetch(self.rep, str(n.target)) for member in (*unit, *self.computing) for n in member.all_input_nodes
+            if n.op == "get_attr" and self._owns(unit, n)
         ]  # fmt: skip
         unique = {id(p): p for p in named if isinstance(p, nn.Parameter) and p.requires_grad}
         return list(unique.values())
@@ -323,7 +352,7 @@ class _Fitting:
                 return local[node]
             return fetch(self.rep, str(node.target)) if node.op == "get_attr" else self.values[node][chunk]
 
-        for node in unit:
+        for node in (*self.computing, *unit):
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             local[node] = execute(self.rep, node, args, kwargs)
         result: Tensor = local[unit[-1]]
