@@ -209,16 +209,19 @@ def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: Tracin
     """The error; where the network does not even run by itself on such inputs, that is the error."""
     if any(p.is_meta for p in model.parameters()):
         return error
-    with unchanged(model), torch.no_grad():
-        try:
-            model(*examples)
-        except Exception as own:
-            shapes = " and ".join(str(tuple(e.shape)) for e in examples)
-            return CaptureError(
-                f"{place_of(own)}: the network itself does not run here (torch {torch.__version__}) on an input "
-                f"{shapes}: {type(own).__name__}: {' '.join(str(own).split())[:300]}; check --input-size and "
-                "--model-args"
-            )
+    hint = " (of images 3x32x32)" if any(e.ndim < 3 for e in examples) else ""
+    for training in (False, True):
+        with unchanged(model), torch.no_grad():
+            try:
+                model.train(training)(*examples)
+            except Exception as own:
+                shapes = " and ".join(str(tuple(e.shape)) for e in examples)
+                return CaptureError(
+                    f"{place_of(own)}: the network itself does not run here (torch {torch.__version__}"
+                    f"{', in training mode' if training else ''}) on an input {shapes}: {type(own).__name__}: "
+                    f"{' '.join(str(own).split())[:300]}; check --input-size{hint} and "
+                    "--model-args"
+                )
     return error
 
 

@@ -176,7 +176,7 @@ def _refused(path: Path, kind: str, error: Exception) -> CheckpointError:
             "if you trust its source, load it with --unsafe-load"
         )
     if foreign:
-        shown = some(foreign, _LISTED)
+        shown = some([name for name in foreign if not name.startswith("torch.nn.")] or foreign, _LISTED)
         return CheckpointError(
             f"{path}: asks for code that is not weights: {shown}; nothing of it was run. Save model.state_dict() where "
             "it was made, or, if you trust its source, load it with --unsafe-load"

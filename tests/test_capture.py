@@ -451,6 +451,27 @@ def test_one_attempt_is_enough_as_a_rule() -> None:
     assert attempts[0].startswith("recorded, every block traced into: ")
 
 
+class HeadOfAnotherSize(nn.Module):
+    """A fault of the network's own, in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(x.flatten(1)) if self.training else x
+
+
+def test_a_network_that_does_not_run_in_training_is_told_so() -> None:
+    with pytest.raises(
+        CaptureError, match=r"itself does not run here \(torch .*, in training mode\) on an input \(2, 3, "
+    ):
+        graph.capture(HeadOfAnotherSize().eval(), (3, 8, 8))
+    with pytest.raises(CaptureError, match=r"check --input-size \(of images 3x32x32\) and"):
+        graph.capture(HeadOfAnotherSize().eval(), (8,))
+
+
 def test_a_network_that_does_not_run_is_no_matter_of_attempts() -> None:
     with pytest.raises(CaptureError, match="the network itself does not run here") as caught:
         graph.capture(nn.Sequential(nn.Sequential(nn.ReLU(), nn.MaxPool2d(7)), nn.Conv2d(3, 3, 9)), (3, 2, 2))

@@ -163,9 +163,40 @@ class FixedView(Net):
         return self.bn(F.conv2d(Sign.apply(x), Sign.apply(self.weight.view(8, 8, 3, 3)), padding=1))
 
 
+class OutputsLast(Net):
+    """As TensorFlow keeps kernels."""
+
+    def build(self) -> None:
+        self.kernel, self.bn = nn.Parameter(torch.randn(3, 3, 8, 8)), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(F.conv2d(Sign.apply(x), Sign.apply(self.kernel).permute(3, 2, 0, 1), padding=1))
+
+
+class OutputsLastInside(Net):
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(3, 3, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(Sign.apply(x), Sign.apply(self.kernel).permute(3, 2, 0, 1), padding=1)
+
+    def build(self) -> None:
+        self.conv, self.bn = self.Conv(), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
+        (OutputsLast, ["test_idioms.py:", "cannot tell the axes of kernel (3, 3, 8, 8)", "store it in that order"]),
+        (
+            OutputsLastInside,
+            ["test_idioms.py:", "(conv)", "holds no tensor of the kernel (8, 8, 3, 3) that it applies"],
+        ),
         (MixedKernels, ["test_idioms.py:", "mixes channels in a way that is not known"]),
         (
             FixedView,

@@ -131,6 +131,27 @@ def test_what_flattens_may_do_more(flat: type[nn.Module]) -> None:
     assert certified(Flattening(flat())).passed
 
 
+class Duplicated(Block):
+    """Channels doubled by a list as long as sizes say."""
+
+    times: type = list
+
+    def end(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(x, 2)
+        few = y[:, :4]
+        copies = self.times([few]) * (y.shape[1] // few.shape[1])
+        return torch.cat(copies, 1) + y + torch.cat((len(few.shape) // 2) * self.times([few]), 1)
+
+
+class DuplicatedInTuples(Duplicated):
+    times = tuple
+
+
+@pytest.mark.parametrize("block", [Duplicated, DuplicatedInTuples])
+def test_lists_as_long_as_sizes_say(block: type[nn.Module]) -> None:
+    assert certified(around(block())).passed
+
+
 class SigmoidOfOnes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)[:, :, None, None]

@@ -248,3 +248,12 @@ def test_no_weights_in_it(tmp_path: Path, content: object, expected: str) -> Non
     path = tmp_path / "a.pt"
     torch.save(content, path)
     assert expected in refusal(path)
+
+
+class Own(nn.Sequential):
+    """A network saved whole."""
+
+
+def test_of_a_whole_network_its_own_classes_are_named(tmp_path: Path) -> None:
+    torch.save(Own(nn.Conv2d(3, 4, 3), nn.ReLU()), tmp_path / "whole.pt")
+    assert "not weights: test_reading.Own; nothing of it was run" in refusal(tmp_path / "whole.pt")

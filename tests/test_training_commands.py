@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from train_examples import OWN_NETWORK, own_network
 
 import repbnn_cli
@@ -118,6 +119,55 @@ def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixtur
     changed = {n.rpartition(".")[2] for n in before if not torch.equal(before[n], after[n])}
     assert changed <= {"running_mean", "running_var", "num_batches_tracked"}
     assert "running_mean" in changed
+
+
+VIEWS = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.b = nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8)
+        self.w, self.b2, self.fc = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.BatchNorm2d(8), nn.Linear(8 * 8 * 8, 10)
+
+    def forward(self, x):
+        x = self.b(self.c(x))
+        x = self.b2(F.conv2d(x.sign(), self.w.sign(), padding=1)) + x
+        return self.fc(x.view(x.size(0), x.size(1) * x.size(2) * x.size(3)))
+"""
+
+
+def test_a_network_that_views_its_feature_maps_is_trained_fitted_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("views.py").write_text(VIEWS, "utf-8")
+    own = ["--model", "views.py:Net"]
+    space: dict[str, type[torch.nn.Module]] = {}
+    exec(VIEWS, space)
+    torch.save(space["Net"]().state_dict(), "net.pth")
+    shape = ["--input-size", "3x32x32"]
+    assert run(["finetune", "net.pth", *own, *shape, *QUICK, "--run-dir", "r", "--compile", "off"]) == 0
+    assert "images stay contiguous in memory" in capsys.readouterr().err
+    assert run(["evaluate", "r/checkpoints/last.pt", *own, *shape, "--data", "digits"]) == 0
+    assert run(["transform", "r/checkpoints/last.pt", *own, *shape, "-o", "rep.repbnn.pt"]) == 0
+    capsys.readouterr()
+    assert run(["calibrate", "rep.repbnn.pt", *own, "--data", "digits", "--fit", "3", "--images", "32"]) == 0
+    said = capsys.readouterr().err
+    assert "conv2d_call: misses " in said
+    assert "keep what they inherited" not in said
+
+
+def test_calibrate_takes_a_smaller_batch_where_there_are_few_images(rep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, count in (("train", 6), ("test", 2)):
+        for number, label in enumerate("abcdefghij"):
+            folder = Path("images", part, label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (40 * i, 20, 25 * number)).save(folder / f"{i}.png")
+    assert run(["calibrate", str(rep), "--data", "folder:images", "--batches", "1", "--fit", "0"]) == 0
 
 
 def test_a_calibrated_file_is_measured_by_the_recipe_it_was_calibrated_with(

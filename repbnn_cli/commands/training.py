@@ -199,7 +199,9 @@ def calibrate(
     memory.keep_freed(where)
     networks = [pupil.network.to(where), *([prepare.plan.network.module.to(where)] if prepare.plan else [])]
     last = feeds.takes_channels_last(dataset, where, *networks)
-    feed = feeds.open_feed(dataset, chosen.header, seed=0, device=where, channels_last=last, report=views.say)
+    batch = min(chosen.header.batch, len(dataset.train))  # of a recipe for training, and nothing is trained here
+    header = chosen.header.model_copy(update={"batch": batch})
+    feed = feeds.open_feed(dataset, header, seed=0, device=where, channels_last=last, report=views.say)
     if not last:
         views.say(feeds.CONTIGUOUS)
     with torch.no_grad():  # what does not fit the data is said before minutes of fitting
