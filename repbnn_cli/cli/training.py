@@ -103,7 +103,7 @@ def finetune(
         int, typer.Option("--save-every", min=0, help="Steps between states within an epoch, 0: none.")
     ] = 0,
     eval_batch: Annotated[
-        int, typer.Option("--eval-batch", min=1, help="Test images at a time; changes no result.")
+        int, typer.Option("--eval-batch", min=1, help="Test images at a time; changes rounding alone.")
     ] = 500,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images from folders.")] = 2,
     cuda_graph: Annotated[
