@@ -296,9 +296,7 @@ class KeptGraphModule(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptGraphModule:
-        tree = nn.Module()
-        for kind in (*_TREE, "training"):
-            tree.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
+        tree = bare(self, lambda held: copy.deepcopy(held, memo))
         in_training = copied_graph(self.in_training.graph, memo) if self.in_training else None
         copied = KeptGraphModule(tree, copied_graph(self.graph, memo), type(self).__name__, in_training, self.frozen)
         memo[id(self)] = copied
@@ -306,6 +304,14 @@ class KeptGraphModule(fx.GraphModule):
 
 
 _TREE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+def bare(module: nn.Module, copied: Callable[[Any], Any] = lambda held: held) -> nn.Module:
+    """A module with the parts, tensors and mode of another one, or with copies of what holds them, and without code."""
+    tree = nn.Module()
+    for kind in (*_TREE, "training"):
+        tree.__dict__[kind] = copied(module.__dict__[kind])
+    return tree
 
 
 def copied_graph(graph: fx.Graph, memo: dict[int, Any] | None = None) -> fx.Graph:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -98,7 +99,12 @@ class RepLinear(RepMixin, nn.Linear):
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RepConv2d, nn.Linear: RepLinear}
-_made: dict[tuple[type, type], type] = {}
+
+
+@cache
+def mixed(prefix: str, mixin: type, cls: type) -> type[nn.Module]:
+    """The class `cls` with a mixin before it, once for each: modules become of it by `module.__class__ = ...`."""
+    return type(f"{prefix}{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
 def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool, groups: int = 1) -> nn.Module:
@@ -107,15 +113,9 @@ def make_rep(module: nn.Module, beta: int, repeats: int, *, binary: bool, groups
     Only the class changes: tensors, names, hooks and attributes stay. isinstance(module, RepBconv2d) holds for every
     binary one, isinstance(module, RepMixin) for all.
     """
-    cls: type[nn.Module] = type(module)
+    cls: type = type(module)
     mixin: type = RepBconv2d if binary else RepMixin
-    if not binary and cls in _PLAIN:
-        module.__class__ = _PLAIN[cls]
-    else:
-        key = (cls, mixin)
-        if key not in _made:
-            _made[key] = type(f"Rep{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
-        module.__class__ = _made[key]
+    module.__class__ = _PLAIN[cls] if not binary and cls in _PLAIN else mixed("Rep", mixin, cls)
     module.rep_beta, module.rep_repeats, module.rep_groups = beta, repeats, groups  # type: ignore[assignment]
     return module
 

@@ -20,7 +20,7 @@ from repbnn_cli.channels import operator_name
 from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.functional import ConvolutionCall
-from repbnn_cli.graph import KeptGraphModule, Network
+from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.hints import frozen, hints
 from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile
 from repbnn_cli.plan import ModuleEdit, Plan, Step
@@ -155,9 +155,7 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     edited = {id(fetch(source, e.tensor_path(name))) for e in plan.edits for name, _ in e.tensors}
     # Kernels are most of the memory: those that are replaced are not copied first.
     memo = {id(t): t for t in (*source.parameters(), *source.buffers()) if id(t) in edited}
-    tree = nn.Module()
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-        tree.__dict__[kind] = _copied(source, kind, memo)
+    tree = bare(source, lambda held: _copied(source, held, memo))
     made: dict[tuple[int, Any], Tensor] = {}
     for edit in plan.edits:
         _carry_out(tree, edit, plan, made, state, start)
@@ -177,8 +175,8 @@ def _apply(plan: Plan, state: Mapping[str, Tensor] | None, start: _Start | None)
     return result
 
 
-def _copied(source: nn.Module, kind: str, memo: dict[int, Any]) -> Any:
-    held = source.__dict__[kind]
+def _copied(source: nn.Module, held: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what the source holds."""
     try:
         return copy.deepcopy(held, memo)
     except Exception as error:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from repbnn_cli.graph import KeptGraphModule, Network
+from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.rep_layers import fold, unfold
 from repbnn_cli.tracer import fetch
 
@@ -29,10 +29,7 @@ def behind_elementwise(network: Network) -> Network:
     if not any(n.op == "call_function" and n.target is fold for n in network.graph.nodes):
         return network
     graph = _Pass(network).graph_of()
-    root = nn.Module()
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-        root.__dict__[kind] = network.module.__dict__[kind]
-    module = KeptGraphModule(root, graph, class_name=type(network.module).__name__)
+    module = KeptGraphModule(bare(network.module), graph, class_name=type(network.module).__name__)
     graph.lint()
     return Network(module, network.example, network.notes)
 

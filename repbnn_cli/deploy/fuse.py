@@ -8,6 +8,7 @@ The network that was given keeps its graph, and shares its modules with the fuse
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from repbnn_cli.deploy.folds import behind_elementwise
 from repbnn_cli.deploy.forms import centre
 from repbnn_cli.deploy.match import Match, Matches, match
-from repbnn_cli.graph import KeptGraphModule, Network
+from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.kernels import Backend
 from repbnn_cli.kernels.blocks import PackedBlock, run
 from repbnn_cli.kernels.packing import count_zeros
@@ -93,10 +94,7 @@ def fuse(network: Network, layers: Mapping[str, Layer], backend: Backend) -> Fus
         raise ValueError("fused blocks have BatchNorm folded: put the network into eval mode first")
     network = behind_elementwise(network)
     matches = match(network, layers)
-    tree = nn.Module()
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-        held = network.module.__dict__[kind]
-        tree.__dict__[kind] = held if isinstance(held, bool) else held.copy()
+    tree = bare(network.module, copy.copy)
     blocks = nn.ModuleList()
     tree.add_module(_FOLDER, blocks)
     graph = _Rewrite(matches, blocks, backend).graph_of(network.graph)

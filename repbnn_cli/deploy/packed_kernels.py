@@ -18,6 +18,7 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.probe import applying
+from repbnn_cli.rep_layers import mixed
 from repbnn_cli.static import evaluate, roots, static_nodes
 from repbnn_cli.tracer import fetch
 
@@ -113,14 +114,9 @@ def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
     )
 
 
-_made: dict[tuple[type, type], type] = {}
-
-
 def give_kernel(module: nn.Module, kernel: Tensor) -> None:
     """Makes a module apply `kernel`, (O, I/groups, ...), from now on; its latent kernel is no longer read."""
+    cls: type = type(module)
     mixin: type = GivenKernel if isinstance(module, BinaryConv2d) else SubstitutedKernel
-    key = (type(module), mixin)
-    if key not in _made:
-        _made[key] = type(f"Packed{key[0].__name__}", (mixin, key[0]), {"__module__": key[0].__module__})
     module.register_buffer("given_kernel", kernel, persistent=False)
-    module.__class__ = _made[key]
+    module.__class__ = mixed("Packed", mixin, cls)
