@@ -302,6 +302,9 @@ def _entry(
     else:
         if _state_of(value) is not None:
             return keys, ""
+        inside = _networks_in(value) if isinstance(value, Mapping) else []
+        if len(inside) == 1:  # {"ema": {"decay": 0.999, "module": {...}}}
+            return (*keys, inside[0]), ""
         problem = f"holds {_described(value)}, not a dictionary of tensors"
     starts = []
     for at in candidates or [()]:
