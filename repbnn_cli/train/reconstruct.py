@@ -16,8 +16,6 @@ docs/inheritance.md has what it is worth.
 from __future__ import annotations
 
 import math
-import operator
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,23 +28,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Folded, State, Tiled, plain
+from repbnn_cli.channels import Folded, Tiled
 from repbnn_cli.errors import DivergedError, UsageError
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
+from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import modes_kept
-from repbnn_cli.rewrite_operators import unfoldable
-from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import execute, fetch
 from repbnn_cli.train.measure import estimating, kept_in_eval, norms_of
+from repbnn_cli.train.units import Unit, Units
 
-# What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
-# Modules that the plan calls per channel do, too.
-_MODULES = (_BatchNorm, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.PReLU, nn.LeakyReLU, nn.Identity, rep_layers.Repeat)
-_FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, torch.mul, F.hardtanh,
-              F.relu, F.prelu, torch.relu, torch.clamp, F.leaky_relu, rep_layers.repeat_last, rep_layers.fold_last,
-              rep_layers.unfold_last, rep_layers.fold, rep_layers.unfold}  # fmt: skip
-_METHODS = {"add", "add_", "clamp", "clamp_", "relu", "sub"}
 _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
 
 MEMORY = 4 * 2**30
@@ -128,26 +119,15 @@ class _Fitting:
         self.plan, self.rep, self.source = plan, rep, plan.network
         self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
         self.on_left = on_left or (lambda path, why: None)
-        self.static = static_nodes(rep.graph)
+        self.units = Units(plan, rep, self.on_left)
         self.kept = kept_in_eval(rep)
         self.chunks = len(batches)
         self.done: list[Fitted] = []
-        by_name = {node.name: node for node in self.source.graph.nodes}
-        self.twin = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
-        self.uses = Counter(str(n.target) for n in rep.graph.nodes if n.op in ("call_module", "get_attr"))
-        made = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs")}
-        self.waiting = {
-            n for n in rep.graph.nodes if n.op == "call_module" and n.target in made and self.uses[n.target] == 1
-        }
-        for path in made - {str(n.target) for n in self.waiting}:
-            self.on_left(path, "called several times" if self.uses[path] else "called in training alone")
         self.values: dict[fx.Node, Chunks] = {}
         self.targets: dict[fx.Node, Chunks] = {}
         self.unused = last_uses(rep.graph)
         self.computed: set[fx.Node] = set()
-        self.behind = _ancestors(rep.graph)
         self.settled: set[str] = set()
-        self.computing: list[fx.Node] = []  # of the unit at hand, see _computing
         for own, theirs in zip(_inputs(rep.graph), _inputs(self.source.graph), strict=True):
             self.values[own] = self.targets[theirs] = list(batches)
 
@@ -155,9 +135,9 @@ class _Fitting:
         for node in self.rep.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            if node in self.waiting:
+            if node in self.units.waiting:
                 self._fit(node)
-                self.waiting.discard(node)
+                self.units.waiting.discard(node)
             self._available(node)
             for used in self.unused.get(node, ()):
                 self.values.pop(used, None)
@@ -165,11 +145,13 @@ class _Fitting:
     # -- one convolution ----------------------------------------------------------------------------------------------
 
     def _fit(self, conv: fx.Node) -> None:
-        unit = self._unit(conv)
-        if not unit:
+        unit = self.units.of(conv)
+        if unit is None:
             return self.on_left(str(conv.target), "nothing behind it that the source has a value for")
-        self.computing = computing = self._computing(unit)
-        members = {*unit, *computing}
+        parameters = self.units.parameters(unit)
+        if not parameters:
+            return self.on_left(unit.path, "frozen, or used elsewhere, too")
+        members = {*unit.nodes, *unit.computing}
         outer = {n for member in members for n in member.all_input_nodes if n not in members and n.op != "get_attr"}
         for node in outer:
             self._available(node)
@@ -177,11 +159,7 @@ class _Fitting:
         apart = self._parts(unit)
         if apart:
             wanted = self._apart(unit, wanted)
-        modules = [fetch(self.rep, str(n.target)) for n in unit if n.op == "call_module"]
-        parameters = [p for p in self._parameters(unit, modules) if p.is_floating_point()]
-        norms = self._estimated(modules)
-        if not parameters:
-            return self.on_left(str(conv.target), "frozen, or used elsewhere, too")
+        modules = [fetch(self.rep, path) for path in unit.paths]
         with self._training(modules):
             self._start_norms(unit)
             if apart:
@@ -201,111 +179,45 @@ class _Fitting:
             after = self._missed(unit, wanted)
             if not math.isfinite(after):
                 raise DivergedError(
-                    f"{conv.target}: fitting it to the source network gives {after}; --fit 0 does without"
+                    f"{unit.path}: fitting it to the source network gives {after}; --fit 0 does without"
                 )
-        with estimating(norms):
+        with estimating(self._estimated(modules)):
             for chunk in range(len(wanted)):
                 with torch.no_grad():
                     self._end(unit, chunk)
-        self.settled |= {str(n.target) for n in unit if n.op == "call_module"}
-        for node in computing:  # from parameters that are others now
+        self.settled |= set(unit.paths)
+        for node in unit.computing:  # from parameters that are others now
             self.values.pop(node, None)
         for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
             del self.targets[node]
-        self.done.append(Fitted(str(conv.target), before, after))
+        self.done.append(Fitted(unit.path, before, after))
         if self.on_unit is not None:
             self.on_unit(self.done[-1])
         return None
 
-    def _computing(self, unit: list[fx.Node]) -> list[fx.Node]:
-        """What computes kernels and scales of the unit from parameters, in the graph's order."""
-        found: set[fx.Node] = set()
-        todo = list(unit)
-        while todo:
-            inputs = {n for n in todo.pop().all_input_nodes if n in self.static and n.op != "get_attr"} - found
-            inputs = {n for n in inputs if self.static.issuperset(n.all_input_nodes)}  # not x.dtype
-            found |= inputs
-            todo += inputs
-        return [n for n in self.rep.graph.nodes if n in found]
-
-    def _owns(self, unit: list[fx.Node], node: fx.Node) -> bool:
-        """Whether nothing outside of the unit takes a parameter, or what is computed from it."""
-        once = node.op != "get_attr" or self.uses[str(node.target)] == 1
-        return once and all(user in unit or (user in self.static and self._owns(unit, user)) for user in node.users)
-
-    def _unit(self, conv: fx.Node) -> list[fx.Node]:
-        """The convolution and what follows it up to the last value whose target is known; [] where there is none."""
-        chain, end = [conv], conv if self._known(conv) else None
-        while len(chain[-1].users) == 1:
-            following = next(iter(chain[-1].users))
-            if not self._continues(following, chain):
-                break
-            chain.append(following)
-            end = following if self._known(following) else end
-        return [] if end is None else chain[: chain.index(end) + 1]
-
-    def _continues(self, node: fx.Node, chain: list[fx.Node]) -> bool:
-        if node.op == "call_module":
-            layer = self.plan.layers.get(str(node.target))
-            own = layer is not None and layer.role == "per_channel" and not (layer.per_replica or layer.last_axis)
-            module = fetch(self.rep, str(node.target))
-            fits = own or isinstance(module, _MODULES)
-            fits &= self.uses[str(node.target)] == 1 or not module.state_dict()  # else a part fitted before has it, too
-        elif node.op == "call_function":
-            fits = node.target in _FUNCTIONS
-        else:
-            fits = node.op == "call_method" and node.target in _METHODS
-        others = [n for n in node.all_input_nodes if n is not chain[-1]]
-        # Another operand may not wait for a convolution that is still to be fitted.
-        return fits and not any((self.behind[n] | {n}) & self.waiting - {chain[0]} for n in others)
-
-    def _known(self, node: fx.Node) -> bool:
-        twin = self.twin.get(node.name)
-        if twin is None:
-            return False
-        step = self.plan.steps[twin.name]
-        if step.static or step.by_position:
-            return False
-        if isinstance(step.state, Folded):
-            return unfoldable(twin, self.source)
-        return step.state is None or isinstance(step.state, Tiled)
-
-    def _unfolds(self, unit: list[fx.Node]) -> bool:
-        """Whether the replicas of the unit's last value are among the samples, where they can become channels again."""
-        folded = isinstance(self.plan.steps[self.twin[unit[-1].name].name].state, Folded)
-        return folded and not self.plan.layers[str(unit[0].target)].last_axis
-
-    def _state(self, unit: list[fx.Node]) -> State:
-        """Of the unit's last value as `_end` gives it."""
-        twin = self.twin[unit[-1].name]
-        if self._unfolds(unit):
-            return plain(twin.meta["value"].shape[1], self.plan.beta)
-        return self.plan.steps[twin.name].state
-
-    def _wanted(self, unit: list[fx.Node], first: int | None = None) -> list[Tensor]:
+    def _wanted(self, unit: Unit, first: int | None = None) -> list[Tensor]:
         """The source's values at the unit's end, with the channels that the Rep network has there.
 
         first: so many batches only.
         """
-        state = self._state(unit)
-        found: list[Tensor] = self._target(self.twin[unit[-1].name])[:first]
-        if isinstance(state, Folded):
+        found: list[Tensor] = self._target(unit.twin)[:first]
+        if isinstance(unit.state, Folded):
             return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
-        if not isinstance(state, Tiled):
+        if not isinstance(unit.state, Tiled):
             return found
-        index = torch.tensor(state.index, device=found[0].device)
+        index = torch.tensor(unit.state.index, device=found[0].device)
         return [value.index_select(1, index) for value in found]
 
-    def _parts(self, unit: list[fx.Node]) -> bool:
+    def _parts(self, unit: Unit) -> bool:
         """Whether the targets of replicas are to be apart: with a `spread`, where a BatchNorm has a shift for each."""
-        state, norm = self._state(unit), self._norm(unit)
+        state, norm = unit.state, self._norm(unit)
         if not self.spread or norm is None or not isinstance(state, Tiled):
             return False
         return len(set(state.replica)) == self.plan.beta and len(norm.bias) == len(state.index)
 
-    def _apart(self, unit: list[fx.Node], wanted: list[Tensor]) -> list[Tensor]:
+    def _apart(self, unit: Unit, wanted: list[Tensor]) -> list[Tensor]:
         """The targets with those of a source channel's replicas apart, within the range of the source's values."""
-        state = self._state(unit)
+        state = unit.state
         assert isinstance(state, Tiled), state
         few = torch.cat(wanted[:_FEW])
         deviation = few.std(_all_but_channels(few), correction=0)
@@ -315,21 +227,12 @@ class _Fitting:
         return [(value + shift).clamp(low, high) for value in wanted]
 
     @torch.no_grad()
-    def _centre(self, unit: list[fx.Node], wanted: list[Tensor]) -> None:
+    def _centre(self, unit: Unit, wanted: list[Tensor]) -> None:
         """Moves the BatchNorm's shifts by what the unit's values miss in the mean."""
         module = self._norm(unit)
         if module is not None:
             missing = torch.cat([wanted[i] - self._end(unit, i) for i in range(min(_FEW, self.chunks))])
             module.bias.add_(missing.mean(_all_but_channels(missing)))
-
-    def _parameters(self, unit: list[fx.Node], modules: list[nn.Module]) -> list[Tensor]:
-        named = [p for module in modules for p in module.parameters()]
-        named += [
-            fetch(self.rep, str(n.target)) for member in (*unit, *self.computing) for n in member.all_input_nodes
-            if n.op == "get_attr" and self._owns(unit, n)
-        ]  # fmt: skip
-        unique = {id(p): p for p in named if isinstance(p, nn.Parameter) and p.requires_grad}
-        return list(unique.values())
 
     def _estimated(self, modules: list[nn.Module]) -> list[nn.Module]:
         """The normalisations in them whose statistics are estimated anew."""
@@ -343,7 +246,7 @@ class _Fitting:
                 m.training = m not in self.kept
             yield
 
-    def _end(self, unit: list[fx.Node], chunk: int) -> Tensor:
+    def _end(self, unit: Unit, chunk: int) -> Tensor:
         """The unit's last value on one batch, with gradients for its parameters."""
         local: dict[fx.Node, Any] = {}
 
@@ -352,35 +255,37 @@ class _Fitting:
                 return local[node]
             return fetch(self.rep, str(node.target)) if node.op == "get_attr" else self.values[node][chunk]
 
-        for node in (*self.computing, *unit):
+        for node in (*unit.computing, *unit.nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             local[node] = execute(self.rep, node, args, kwargs)
-        result: Tensor = local[unit[-1]]
-        return rep_layers.unfold(result, self.plan.beta) if self._unfolds(unit) else result
+        result: Tensor = local[unit.nodes[-1]]
+        return rep_layers.unfold(result, self.plan.beta) if unit.unfolds else result
 
-    def _norm(self, unit: list[fx.Node]) -> _BatchNorm | None:
+    def _norm(self, unit: Unit) -> _BatchNorm | None:
         """The BatchNorm right behind the convolution, where it has scale and shift to be fitted."""
-        module = fetch(self.rep, str(unit[1].target)) if len(unit) > 1 and unit[1].op == "call_module" else None
-        if not isinstance(module, _BatchNorm) or not module.affine or module in self.kept:
+        behind = unit.nodes[1:2]
+        module = fetch(self.rep, str(behind[0].target)) if behind and behind[0].op == "call_module" else None
+        if not is_batch_norm(module) or not module.affine or module in self.kept:
             return None
         return module if module.weight.requires_grad and module.bias.requires_grad else None
 
     @torch.no_grad()
-    def _start_norms(self, unit: list[fx.Node]) -> None:
+    def _start_norms(self, unit: Unit) -> None:
         """Scale and shift of the BatchNorm behind the convolution by least squares, each copy for its own channel."""
         module = self._norm(unit)
-        if module is None or not self._known(unit[1]):
+        if module is None or not self.units.known(unit.nodes[1]):
             return
-        wanted = torch.cat(self._wanted(unit[:2], _FEW))
+        part = self.units.ending(unit.nodes[:2])
+        wanted = torch.cat(self._wanted(part, _FEW))
         module.weight.fill_(1.0)
         module.bias.zero_()
-        given = torch.cat([self._end(unit[:2], chunk) for chunk in range(min(_FEW, self.chunks))])
+        given = torch.cat([self._end(part, chunk) for chunk in range(min(_FEW, self.chunks))])
         dims = _all_but_channels(given)
         module.weight.copy_((given * wanted).mean(dims))  # given: mean 0 and variance 1 in each channel
         module.bias.copy_(wanted.mean(dims))
 
     @torch.no_grad()
-    def _missed(self, unit: list[fx.Node], wanted: list[Tensor]) -> float:
+    def _missed(self, unit: Unit, wanted: list[Tensor]) -> float:
         few = range(min(_FEW, len(wanted)))
         error = sum(F.mse_loss(self._end(unit, i), wanted[i]).item() for i in few) / len(few)
         variance = torch.cat([wanted[i] for i in few]).var(correction=0).item()
@@ -445,13 +350,6 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
-
-
-def _ancestors(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
-    found: dict[fx.Node, set[fx.Node]] = {}
-    for node in graph.nodes:
-        found[node] = set().union(*({n} | found[n] for n in node.all_input_nodes))
-    return found
 
 
 @contextmanager
