@@ -24,12 +24,13 @@ def seed(number: int) -> None:
 @contextlib.contextmanager
 def kept(devices: Sequence[int | torch.device] = ()) -> Iterator[None]:
     """Leaves all of them as they were; devices: the GPUs whose generators count."""
-    others = states()
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            set_states(others)
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def states() -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -19,6 +20,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = T
         kept = module.get_parameter(first)
         for name in others:
             own = module.get_parameter(name)
-            if own.shape == kept.shape and own.dtype == kept.dtype and bool((own == kept).all()):
+            alike = (own.shape, own.dtype, own.device) == (kept.shape, kept.dtype, kept.device) and not own.is_meta
+            if alike and torch.equal(own, kept):
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = kept

@@ -120,7 +120,10 @@ def in_both_modes(model: nn.Module, examples: tuple[Tensor, ...], policy: LeafPo
         raise
     if not traced.tracer.asked:
         return traced
-    plain = _in_both_modes(model, examples, policy, shapes_only, live=False)
+    try:
+        plain = _in_both_modes(model, examples, policy, shapes_only, live=False)
+    except CaptureError:  # of what the graph with values does not depend on
+        return traced
     pairs = (traced, plain, False), (traced.in_training or traced, plain.in_training or plain, True)
     same = all(_told(live.graph, training) == str(told.graph) for live, told, training in pairs)
     return traced if same else plain

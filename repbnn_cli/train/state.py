@@ -96,8 +96,9 @@ class Run:
         if not self.resume:
             if record.exists():
                 raise UsageError(f"{self.path}: holds a run already; --resume continues it, or give another folder")
-            left = [self.path / name for name in (METRICS, TABLE, TIMING)] + list(self.checkpoints.glob("*.pt"))
-            if left := [path for path in left if path.exists()]:  # a state of another run would pass for this one's
+            logs = (self.path / name for name in (METRICS, TABLE, TIMING))
+            left = [path for path in (*logs, *self.checkpoints.glob("*.pt")) if path.exists()]
+            if left:  # a state of another run would pass for this one's
                 raise UsageError(f"{left[0]}: is of a run that is gone; remove it, or give another folder")
             atomic_write_text(self.path / RECIPE, recipe, force=True)
             atomic_write_text(self.path / ENVIRONMENT, _json(environment, indent=2), force=True)
