@@ -124,6 +124,11 @@ class Explainer:
         for node in self.plan.network.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 self.nodes.setdefault(subject_of(node), []).append(node)
+        trained = self.plan.network.in_training
+        self.in_training_alone = {
+            subject_of(n): n for n in (trained.graph.nodes if trained else ())
+            if n.op not in ("placeholder", "output") and subject_of(n) not in self.nodes
+        }  # fmt: skip
         subjects = surgery.subjects(self.plan.network, dict(self.plan.layers))
         self.positions = {s.path: s.position for s in subjects}
         claims = self.plan.rules.assign(subjects) if self.plan.beta > 1 else {}
@@ -172,9 +177,11 @@ class Explainer:
         edit, layer = self.edits.get(path), self.plan.layers.get(path)
         nodes = self.nodes.get(path, [])
         first = nodes[0] if nodes else None
-        kind = {"call_module": "module", "get_attr": "parameter"}.get(first.op if first else "get_attr", "operator")
+        seen = first or self.in_training_alone.get(path)
+        kind = {"call_module": "module", "get_attr": "parameter"}.get(seen.op if seen else "get_attr", "operator")
         role = layer.role if layer else (edit.role if edit else "weightless")
-        evidence = layer.evidence if layer else self._operator_evidence(first)
+        evidence = layer.evidence if layer else self._operator_evidence(seen)
+        evidence += "; in training mode alone the forward gets there" if first is None and seen is not None else ""
         claim = self.claims.get(path)
         story = Story(
             path, kind, role, evidence, changed=edit is not None, position=self.positions.get(path, ""),

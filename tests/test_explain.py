@@ -193,6 +193,24 @@ def test_the_other_side_of_a_sum_is_named() -> None:
     assert why["bn2"] == "behind"
 
 
+def test_what_training_alone_calls_is_said_to_be() -> None:
+    class Auxiliary(Residual):
+        def forward(self, x: Tensor) -> Any:
+            x = self.bn1(self.conv1(F.hardtanh(self.bn(self.stem(x)))))
+            y = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+            return (y, self.fc2(self.bn2(self.conv2(x)).mean((2, 3)))) if self.training else y
+
+    model = Auxiliary()
+    model.fc, model.fc2 = nn.Linear(8, 5), nn.Linear(16, 5)
+    explained = explainer(model)
+    for path, alone in (("conv1", False), ("bn2", True), ("conv2", True), ("fc2", True)):
+        told = story(explained, path)
+        assert (told.kind, told.evidence.endswith("; in training mode alone the forward gets there")) == (
+            "module",
+            alone,
+        )
+
+
 def line_of(text: str) -> int:
     lines = (ROOT / "rules" / "reptran.yaml").read_text("utf-8").splitlines()
     return next(i for i, line in enumerate(lines, 1) if line.strip() == text)
