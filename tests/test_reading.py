@@ -109,8 +109,10 @@ def test_a_pickled_module_needs_the_flag(tmp_path: Path) -> None:
     net = Net()
     torch.save(nn.DataParallel(net), path)
     text = refusal(path)
-    for name in ("Net", "torch.nn.parallel.data_parallel.DataParallel", "torch.nn.modules.conv.Conv2d"):
-        assert name in text
+    assert "not weights: test_reading.Net; nothing" in text  # of torch.nn's own classes there are many
+    torch.save(nn.DataParallel(nn.Conv2d(3, 4, 3)), path)
+    assert "torch.nn.modules.conv.Conv2d, torch.nn.parallel.data_parallel.DataParallel" in refusal(path)
+    torch.save(nn.DataParallel(net), path)
     ckpt = load(path, unsafe=True)
     same(ckpt.tensors, dict(net.state_dict()))
     assert ckpt.prefix == "module."
@@ -248,12 +250,3 @@ def test_no_weights_in_it(tmp_path: Path, content: object, expected: str) -> Non
     path = tmp_path / "a.pt"
     torch.save(content, path)
     assert expected in refusal(path)
-
-
-class Own(nn.Sequential):
-    """A network saved whole."""
-
-
-def test_of_a_whole_network_its_own_classes_are_named(tmp_path: Path) -> None:
-    torch.save(Own(nn.Conv2d(3, 4, 3), nn.ReLU()), tmp_path / "whole.pt")
-    assert "not weights: test_reading.Own; nothing of it was run" in refusal(tmp_path / "whole.pt")

@@ -125,10 +125,14 @@ def _sides(sides: tuple[Sequence[T], Sequence[T]]) -> list[tuple[str, Sequence[T
     return [(name, found) for name, found in zip(("source", "Rep"), sides, strict=True) if found]
 
 
+def _binary(sides: Sequence[tuple[str, Sequence[Weights]]]) -> list[tuple[str, Sequence[Weights]]]:
+    """The binary layers, where a side has any."""
+    return [(side, [w for w in found if w.role.startswith("binary")] or found) for side, found in sides]
+
+
 def _histograms(sides: Sequence[tuple[str, Sequence[Weights]]]) -> list[tuple[str, list[int]]]:
-    """Of the binary layers together, where a side has any."""
-    binary = [(side, [w for w in found if w.role.startswith("binary")] or found) for side, found in sides]
-    return [(side, [sum(w.histogram[b] for w in found) for b in range(BINS)]) for side, found in binary]
+    """Of the binary layers together."""
+    return [(side, [sum(w.histogram[b] for w in found) for b in range(BINS)]) for side, found in _binary(sides)]
 
 
 def _histogram_table(sides: Sequence[tuple[str, Sequence[Weights]]]) -> Table:
@@ -142,14 +146,13 @@ def _histogram_table(sides: Sequence[tuple[str, Sequence[Weights]]]) -> Table:
 
 
 def _weight_plots(sides: Sequence[tuple[str, Sequence[Weights]]]) -> Iterator[Plot]:
-    binary = [(side, [w for w in found if w.role.startswith("binary")] or found) for side, found in sides]
     which = (
         "Latent weights of the binary layers"
         if any(w.role.startswith("binary") for _, f in sides for w in f)
         else "Weights"
     )
     yield charts.histogram("weights", which, _histograms(sides), REACH, "w / mean |w| of its layer")
-    curves = [_side_line(side, [100 * w.near_zero for w in found]) for side, found in binary]
+    curves = [_side_line(side, [100 * w.near_zero for w in found]) for side, found in _binary(sides)]
     yield charts.lines(
         "near-zero", "Weights about to flip: |w| below a tenth of the mean", curves, across="binary layer",
         unit="% of the layer", low=0,
