@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,7 +114,8 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
     for (part, action, role), members in groups.items():
         what = _ACTIONS[action]
         if action == "rep_conv":
-            what = "binary → RepBconv" if role.startswith("binary") else f"{role.replace('_', ' ')} → RepConv"
+            kind = role.removesuffix("_conv") if role == "binary_conv" else role.replace("_", " ")
+            what = f"{kind} → {'RepBconv' if role.startswith('binary') else 'RepConv'}"
         name = "" if part == shown else PARTS[part]
         shown = part
         made.add_row(
@@ -123,8 +125,9 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
 
 
 def _range(shapes: Sequence[str]) -> str:
-    compact = [compact_shape(s) for s in shapes]
-    return compact[0] if len(set(compact)) == 1 else f"{compact[0]} … {compact[-1]}"
+    """The shapes, of several the smallest and the largest."""
+    ordered = sorted(dict.fromkeys(shapes), key=lambda shape: math.prod(map(int, re.findall(r"\d+", shape))))
+    return " … ".join(compact_shape(shape) for shape in (ordered if len(ordered) == 1 else (ordered[0], ordered[-1])))
 
 
 def plan_details(rows: Sequence[PlanRow]) -> Table:

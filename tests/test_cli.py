@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import repbnn_cli
+from repbnn_cli import views
 from repbnn_cli.cli import app, run
+from repbnn_cli.plan import PlanRow
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "irnet_resnet20_cifar10.pth"
@@ -418,3 +420,14 @@ def test_every_command_is_in_the_readme() -> None:
     assert commands
     for name in (*groups, *commands):
         assert f"repbnn {name}" in readme, name
+
+
+def test_a_plan_s_ranges_go_from_the_smallest_to_the_largest() -> None:
+    def row(before: str, role: str) -> PlanRow:
+        return PlanRow("backbone", "m", role, "rep_conv", "rule", "file:1", before, before, ())
+
+    rows = [row(f"({n})", "binary_linear") for n in (48, 24, 96, 48)] + [row("(16, 16, 3, 3)", "binary_conv")] * 2
+    given = views.plan_table(rows)
+    assert [list(column.cells) for column in given.columns][1:4] == [
+        ["binary linear → RepBconv", "binary → RepBconv"], ["4", "2"], ["24 … 96", "16×16×3×3"],
+    ]  # fmt: skip
