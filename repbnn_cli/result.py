@@ -111,7 +111,10 @@ def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The payload of a result file; CheckpointError for any other file."""
-    payload = payload_in(checkpoint.load(path))
+    file = checkpoint.load(path)
+    payload = payload_in(file)
+    if payload is None and checkpoint.PACKED in file.metadata:
+        raise CheckpointError(f"{path}: is a packed network; `repbnn_cli.load_packed` opens it")
     if payload is None:
         raise CheckpointError(f"{path}: is not a result of `repbnn transform`; run it first, or use `repbnn inspect`")
     return payload

@@ -216,8 +216,9 @@ def _public_callables(module: ModuleType) -> list[str]:
     own = {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
-    }
+        if not name.startswith("_") and callable(value)
+        and f"{getattr(value, '__module__', None)}.".startswith(f"{module.__name__}.")  # a package's parts included
+    }  # fmt: skip
     networks = [name for name, value in own.items() if not isinstance(value, type) or issubclass(value, nn.Module)]
     return networks or list(own)
 

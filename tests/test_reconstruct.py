@@ -186,8 +186,27 @@ def test_a_kernel_that_two_calls_share_is_fitted_to_neither() -> None:
     model.bn4, model.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
     plan, rep = made(model)
     before = rep.get_parameter("conv1.weight").clone()
-    units = reconstruct.reconstruct(plan, rep, batches(), steps=10)
+    left: dict[str, str] = {}
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=10, on_left=left.__setitem__)
     assert len(units) == 3
+    assert torch.equal(rep.get_parameter("conv1.weight"), before)
+    why = "fitted but for the kernel, which is frozen, or used elsewhere, too"
+    assert left == {"conv2d_call": why, "conv2d_call_1": why}
+
+
+def test_a_kernel_that_two_layers_share_is_fitted_to_neither() -> None:
+    class Tied(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn1(self.conv1(F.hardtanh(self.bn(self.stem(x)))))
+            return self.fc(F.adaptive_avg_pool2d(self.bn4(self.conv4(x)), 1).flatten(1))
+
+    model = Tied()
+    model.conv4, model.bn4, model.fc = conv(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+    model.conv4.weight = model.conv1.weight
+    plan, rep = made(model)
+    before = rep.get_parameter("conv1.weight").clone()
+    assert len(reconstruct.reconstruct(plan, rep, batches(), steps=10)) == 3
+    assert rep.get_parameter("conv4.weight") is rep.get_parameter("conv1.weight")
     assert torch.equal(rep.get_parameter("conv1.weight"), before)
 
 

@@ -78,3 +78,11 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{")
         with pytest.raises(CheckpointError, match=rf"{name}:1: is not JSON"):
             run(tmp_path, resume=True)
+
+
+def test_of_another_recipe_the_lines_that_differ_are_said(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"another run \(recipe was epochs: 3, is epochs: 4\); give the same arguments"
+    ):
+        run(tmp_path, "epochs=4", resume=True)

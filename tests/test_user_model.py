@@ -238,6 +238,14 @@ def test_mistakes_in_the_name(write: Callable[..., Path], tmp_path: Path) -> Non
         assert said.endswith("net0, net1, net2, net3, net4, net5, net6, net7, net8, net9, net10, net11 and 3 more")
 
 
+def test_what_a_package_offers_from_its_parts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "offering").mkdir()
+    (tmp_path / "offering" / "__init__.py").write_text("import torch\nfrom .parts import build\n", "utf-8")
+    (tmp_path / "offering" / "parts.py").write_text("def build():\n    return None\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert usage("offering:nothing").endswith("no nothing in offering; it has: build")
+
+
 def test_mistakes_in_the_arguments(write: Callable[..., Path]) -> None:
     file = write(NET)
     assert usage(f"{file}:Net").endswith(

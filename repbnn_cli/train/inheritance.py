@@ -86,7 +86,8 @@ class Preparation:
             if left and self.on_note is not None:
                 reasons = "; ".join(f"{some(paths)}: {why}" for why, paths in left.items())
                 count = sum(map(len, left.values()))
-                self.on_note(f"{count} of {count + len(units)} layers keep what they inherited ({reasons})")
+                every = {unit.path for unit in units}.union(*left.values())
+                self.on_note(f"{count} of {len(every)} layers keep what they inherited ({reasons})")
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
         if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"

@@ -151,6 +151,8 @@ class _Fitting:
         parameters = self.units.parameters(unit)
         if not parameters:
             return self.on_left(unit.path, "frozen, or used elsewhere, too")
+        if not any(p is kernel for p in parameters for kernel in self.units.kernels(unit)):
+            self.on_left(unit.path, "fitted but for the kernel, which is frozen, or used elsewhere, too")
         members = {*unit.nodes, *unit.computing}
         outer = {n for member in members for n in member.all_input_nodes if n not in members and n.op != "get_attr"}
         for node in outer:

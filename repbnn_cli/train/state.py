@@ -238,7 +238,7 @@ def _bytes(tensor: Tensor) -> Any:
 def _check(stored: Mapping[str, Any], expected: Mapping[str, Any], where: Path, keys: list[str]) -> None:
     differ = [key for key in keys if stored.get(key) != expected.get(key)]
     if differ:
-        shown = "; ".join(f"{key} was {_short(stored.get(key))}, is {_short(expected.get(key))}" for key in differ)
+        shown = "; ".join(_difference(key, stored.get(key), expected.get(key)) for key in differ)
         raise UsageError(f"{where}: belongs to another run ({shown}); give the same arguments, or another folder")
 
 
@@ -273,6 +273,16 @@ def _mean(value: Any) -> Any:
     if isinstance(value, Mapping):
         return sum(value.values()) / len(value) if value else ""
     return "" if value is None else value
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    """In words; of a recipe the lines that differ."""
+    if isinstance(was, str) and isinstance(now, str) and "\n" in was + now:
+        old, new = ([line.strip() for line in text.splitlines()] for text in (was, now))
+        pairs = (", ".join(line for line in some if line not in other) for some, other in ((old, new), (new, old)))
+        was, now = (text or "without it" for text in pairs)
+        return f"{key} was {was[:100]}, is {now[:100]}"
+    return f"{key} was {_short(was)}, is {_short(now)}"
 
 
 def _short(value: Any) -> str:

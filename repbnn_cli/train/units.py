@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Folded, State, Tiled, plain
+from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.static import static_nodes
@@ -65,6 +66,7 @@ class Units:
         by_name = {node.name: node for node in self.source.graph.nodes}
         self._twins = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
         self._uses = Counter(str(n.target) for n in rep.graph.nodes if n.op in ("call_module", "get_attr"))
+        self._names = Counter(id(p) for _, p in rep.named_parameters(remove_duplicate=False))
         self._static = static_nodes(rep.graph)
         self._behind = _ancestors(rep.graph)
         made = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs")}
@@ -103,7 +105,14 @@ class Units:
             if n.op == "get_attr" and self._owns(unit, n)
         ]  # fmt: skip
         wanted = (p for p in named if isinstance(p, nn.Parameter) and p.requires_grad and p.is_floating_point())
-        return list({id(p): p for p in wanted}.values())
+        return list({id(p): p for p in wanted if self._names[id(p)] == 1}.values())
+
+    def kernels(self, unit: Unit) -> list[Tensor]:
+        """What the unit's convolution, or its call, holds its kernel in."""
+        held = list(fetch(self.rep, unit.path).parameters())
+        for node in unit.nodes[0].all_input_nodes[1:2]:  # of a call
+            held += [fetch(self.rep, str(n.target)) for n in self._behind[node] | {node} if n.op == "get_attr"]
+        return [tensor for tensor in held if isinstance(tensor, Tensor) and kernel_like(tensor)]
 
     def known(self, node: fx.Node) -> bool:
         """Whether the source has a value for what a node gives."""
