@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,6 +40,7 @@ def drawn(shape: tuple[int, ...], seed: int, *, zeros: bool) -> Tensor:
     stride=st.tuples(st.integers(1, 2), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     zeros=st.booleans(), channels_last=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
+@example(1, 1, 40, (3, 3), (2, 3), (1, 2), (0, 0), False, False, 0)  # oneDNN's sums are wrong there
 def test_the_result_is_the_float64_convolution_rounded_once(
     batch: int, inputs: int, outputs: int, size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, int], zeros: bool, channels_last: bool, seed: int,

@@ -30,13 +30,18 @@ class _Kernel:
     def __init__(self, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
         scale = kernel.abs().amax((1, 2, 3))
         self.scale = torch.where(scale > 0, scale, 1)  # a filter of zeros
-        self.signs: Tensor | None = kernel.sign().to(torch.int8)
+        # Of a single input channel oneDNN adds up something else at some strides: a second one of zeros is beside it.
+        self.alone = kernel.shape[1] == 1
+        signs = F.pad(kernel, (0, 0, 0, 0, 0, 1)) if self.alone else kernel
+        self.signs: Tensor | None = signs.sign().to(torch.int8)
         self.points = torch.zeros(len(scale), dtype=torch.int32)
         self.geometry = (list(stride), list(padding), [1, 1])
 
     def __call__(self, levels: Tensor) -> Tensor:
         """levels (N, I, H, W), uint8, sign + 1 → (N, O, H', W') float32."""
         onednn = torch.ops.onednn
+        if self.alone:
+            levels = F.pad(levels, (0, 0, 0, 0, 0, 1), value=1)  # sign 0
         if self.signs is not None:  # the layout depends on the size of the images, which the first ones tell
             shape = list(levels.shape)
             self.packed = onednn.qconv_prepack(self.signs, self.scale, 1.0, 1, *self.geometry, 1, shape)
