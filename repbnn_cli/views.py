@@ -114,7 +114,7 @@ def plan_table(rows: Sequence[PlanRow]) -> Table:
     for (part, action, role), members in groups.items():
         what = _ACTIONS[action]
         if action == "rep_conv":
-            kind = role.removesuffix("_conv") if role == "binary_conv" else role.replace("_", " ")
+            kind = "binary" if role == "binary_conv" else role.replace("_", " ")
             what = f"{kind} → {'RepBconv' if role.startswith('binary') else 'RepConv'}"
         name = "" if part == shown else PARTS[part]
         shown = part

@@ -131,10 +131,9 @@ class Units:
             layer = self.plan.layers.get(str(node.target))
             own = layer is not None and layer.role == "per_channel" and not (layer.per_replica or layer.last_axis)
             module = fetch(self.rep, str(node.target))
-            fits = own or isinstance(module, _MODULES)
-            fits &= (
-                self._uses[str(node.target)] == 1 or not module.state_dict()
-            )  # else a part fitted before has it, too
+            # What is called elsewhere, too, and has tensors is shared with a part that was fitted before.
+            alone = self._uses[str(node.target)] == 1 or not module.state_dict()
+            fits = alone and (own or isinstance(module, _MODULES))
         elif node.op == "call_function":
             fits = node.target in _FUNCTIONS
         else:
