@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import repbnn_cli
+from repbnn_cli import checkpoint as checkpoints
+from repbnn_cli import result as results
 from repbnn_cli.cli import run
 from repbnn_cli.deploy import latency
 
@@ -218,3 +220,21 @@ def test_inspect_counts_weights_with_sign_zero(result: str, capsys: pytest.Captu
     assert (found["zeros"], found["as_applied"], found["weights"]) == (0, False, 4 * 3 * 64 + 4 * 4 * 9)
     assert run(["inspect", result, "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["kernel zeros"]["as_applied"]
+
+
+def test_inspect_says_what_became_of_a_result(result: str, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = checkpoints.load(result)
+    payload = results.payload_in(opened)
+    assert payload is not None
+    about = {"top1": 71.5, "recipe": "r", "epochs": 2, "seed": 1, "data_notes": ["a note"],
+             "inherited": {"fit_steps": 200}}  # fmt: skip
+    results.save(results.with_tensors(payload, opened.tensors, about), Path("trained.repbnn.pt"))
+    torch.save({"state_dict": torch.load("tiny.pt"), "recipe_text": "a: 1\nb: 2", "epoch": 3}, "long.pt")
+    capsys.readouterr()
+    assert run(["inspect", "trained.repbnn.pt"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "71.5 % top-1 (recipe r, epochs 2, seed 1); fitted to its source first about the data a note" in text
+    assert run(["inspect", result]) == 0
+    assert "accuracy" not in capsys.readouterr().out
+    assert run(["inspect", "long.pt"]) == 3
+    assert "recipe_text (2 lines, whole with --json), epoch 3" in " ".join(capsys.readouterr().out.split())

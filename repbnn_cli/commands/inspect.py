@@ -9,6 +9,7 @@ from repbnn_cli import checkpoint, identify, kernel_views, result, views
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed, zeros
 from repbnn_cli.errors import CheckpointError
+from repbnn_cli.report import trained
 from repbnn_cli.source import Origin
 
 
@@ -52,7 +53,9 @@ def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_js
         "classes": found.num_classes if found else None,
         "because": found.reason if found else None,
         "fits as well": list(found.alternatives) if found else [],
-        "result of transform": {k: stored[k] for k in ("options", "rules_name", "certificate", "source")}
+        "result of transform": {
+            k: stored[k] for k in ("options", "rules_name", "certificate", "source", "training") if k in stored
+        }
         if stored
         else None,
         "kernel zeros": kernel_views.plain_zeros(counted),
@@ -100,13 +103,31 @@ def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
             )
             yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
             yield "certificate", "passed" if passed else "FAILED"
+            yield from _trained(value.get("training", {}))
         elif label == "kernel zeros":
             yield label, kernel_views.zeros_text(value)
         elif isinstance(value, dict) and value:
-            yield label, ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
+            yield label, ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+        elif isinstance(value, dict | list) and not value:
+            yield label, None
         elif isinstance(value, list):
             yield label, "; ".join(map(str, value))
         elif isinstance(value, int):
             yield label, f"{value:,}"
         else:
             yield label, value
+
+
+def _trained(training: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What became of the result since its transform."""
+    if training.get("top1") is not None:
+        fit = "; fitted to its source first" if training.get("inherited", {}).get("fit_steps") else ""
+        yield "accuracy", f"{trained.measured(training, training['top1'])}{fit}"
+    yield "about the data", "; ".join(training.get("data_notes", []))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    lines = str(value).count("\n")
+    return f"({lines + 1} lines, whole with --json)" if lines else str(value)
