@@ -26,9 +26,9 @@ from torch.fx.graph import PythonCode
 from repbnn_cli.cpu_only import foreign_code
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.functional import ConvolutionCall, as_modules
-from repbnn_cli.restoring import unchanged
+from repbnn_cli.restoring import kept_in_eval, unchanged
 from repbnn_cli.tracer import place_of
-from repbnn_cli.tracing import Traced, TracingError, frozen_parts, in_both_modes
+from repbnn_cli.tracing import Traced, TracingError, in_both_modes
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
 
@@ -242,7 +242,7 @@ def assemble(model: nn.Module, traced: Traced) -> KeptGraphModule:
         tree.get_submodule(owner).add_module(name, module)
     in_training = traced.in_training.graph if traced.in_training else None
     off = (traced.in_training or traced).tracer.put_to_eval
-    frozen = (*frozen_parts(model), *(path for path, module in model.named_modules() if path and module in off))
+    frozen = (*kept_in_eval(model), *(path for path, module in model.named_modules() if path and module in off))
     return KeptGraphModule(tree, traced.graph, type(model).__name__, in_training, frozen)
 
 

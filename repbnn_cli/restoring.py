@@ -48,6 +48,15 @@ def modes_kept(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def kept_in_eval(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules that stay in eval mode when the network is trained, because its own `train` says so, by path."""
+    if all(type(m).train is nn.Module.train for m in network.modules()):
+        return {}
+    with unchanged(network):
+        network.train()
+        return {path: module for path, module in network.named_modules() if path and not module.training}
+
+
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Name → value, and what it holds where a forward could write into it (`self.history.append(x)`)."""
     return {n: (v, copy.copy(v) if type(v) in (dict, list, set) else None) for n, v in module.__dict__.items()}

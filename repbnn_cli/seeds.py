@@ -33,6 +33,14 @@ def kept(devices: Sequence[int | torch.device] = ()) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+@contextlib.contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Seeds all of them for a while, and leaves them as they were."""
+    with kept():
+        seed(number)
+        yield
+
+
 def states() -> Tensor:
     """The states of Python's and NumPy's generators as numbers, (1253,) in float64: for a file without code in it."""
     _, words, gauss = random.getstate()

@@ -140,8 +140,7 @@ def fresh(arch: str, seed: int, input_size: str | None = None) -> Source:
 
 def newly_built(origin: Origin, seed: int) -> nn.Module:
     """The network of an origin as its own code starts it, in eval mode, drawn with the seed."""
-    with seeds.kept():
-        seeds.seed(seed)
+    with seeds.seeded(seed):
         if origin.arch is not None:
             return zoo.build(origin.arch, origin.num_classes).eval()
         assert origin.model is not None

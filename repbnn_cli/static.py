@@ -67,6 +67,5 @@ def evaluate(module: nn.Module, node: fx.Node, replaced: Mapping[str, Tensor]) -
             values[at] = held(str(at.target)) if at.op == "get_attr" else execute(module, at, args, kwargs)
         return values[at]
 
-    with torch.no_grad(), seeds.kept():
-        seeds.seed(0)
+    with torch.no_grad(), seeds.seeded(0):
         return value_of(node)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.interception import interceptable
 from repbnn_cli.proxies import is_flag
-from repbnn_cli.restoring import unchanged
+from repbnn_cli.restoring import kept_in_eval, unchanged
 from repbnn_cli.tracer import LeafPolicy, Tracer, explain
 
 
@@ -43,7 +43,7 @@ class Traced:
 def _trace(
     model: nn.Module, examples: tuple[Tensor, ...], leaf: LeafPolicy, shapes_only: bool = False, *, live: bool = True
 ) -> Traced:
-    frozen = frozenset(map(model.get_submodule, frozen_parts(model)))
+    frozen = frozenset(kept_in_eval(model).values())
     tracer = Tracer(examples, leaf, shapes_only=shapes_only, frozen=frozen, live=live)
     before = _plain_attributes(model)
     traced, after = _once(model, tracer, {})
@@ -160,12 +160,3 @@ def _in_both_modes(
             "(`torch.rand(x.shape[0], 1, 1, 1)`), or move it into a module of its own"
         )
     return traced if str(evaluated.graph) == str(trained.graph) else replace(evaluated, in_training=trained)
-
-
-def frozen_parts(model: nn.Module) -> tuple[str, ...]:
-    """The modules that stay in eval mode when the network is trained, because its own `train` says so."""
-    if all(type(m).train is nn.Module.train for m in model.modules()):
-        return ()
-    with unchanged(model):
-        model.train()
-        return tuple(path for path, module in model.named_modules() if path and not module.training)

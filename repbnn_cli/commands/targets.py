@@ -126,8 +126,7 @@ def examined(
     assert read.source is not None
     src = read.source
     if src.file is None and values:
-        with seeds.kept():
-            seeds.seed(0)
+        with seeds.seeded(0):
             src = replace(src, model=registry.build(target).eval())
     declared = rulebook.load(rules) if rules else None
     if declared is not None:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.logits import checked_logits, logits_of
-from repbnn_cli.restoring import modes_kept
+from repbnn_cli.restoring import kept_in_eval, modes_kept
 from repbnn_cli.train.ranks import Ranks
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
@@ -77,7 +77,7 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
     and momenta are as before afterwards. Every layer sees the batch statistics of those before it, as in training.
     Those that the network keeps in eval mode when it is trained keep their statistics.
     """
-    kept, seen = kept_in_eval(network), 0
+    kept, seen = set(kept_in_eval(network).values()), 0
     norms = [norm for norm in norms_of(network) if norm not in kept]
     if not norms:
         return 0
@@ -95,13 +95,6 @@ def calibrate(network: nn.Module, batches: Iterable[Batch], n: int) -> int:
 def norms_of(module: nn.Module) -> list[nn.Module]:
     """The normalisations in it that keep running statistics: torch's, and classes of the user's own."""
     return [m for m in module.modules() if any(isinstance(getattr(m, n, None), Tensor) for n in RUNNING)]
-
-
-def kept_in_eval(network: nn.Module) -> set[nn.Module]:
-    """The modules that stay in eval mode when the network is trained, because its own `train` says so."""
-    with modes_kept(network):
-        network.train()
-        return {module for module in network.modules() if not module.training}
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, is_batch_norm
-from repbnn_cli.train.measure import kept_in_eval, norms_of
+from repbnn_cli.restoring import kept_in_eval
+from repbnn_cli.train.measure import norms_of
 from repbnn_cli.train.ranks import Ranks
 
 
@@ -44,7 +45,7 @@ def synchronised(network: nn.Module, ranks: Ranks) -> Iterator[None]:
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:
-    kept, running, found = kept_in_eval(network), set(norms_of(network)), []
+    kept, running, found = set(kept_in_eval(network).values()), set(norms_of(network)), []
     for path, module in network.named_modules():
         if module in kept or not (isinstance(module, _BatchNorm) or module in running):
             continue

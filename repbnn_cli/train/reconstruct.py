@@ -33,9 +33,9 @@ from repbnn_cli.errors import DivergedError, UsageError
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
 from repbnn_cli.rep_layers import is_batch_norm
-from repbnn_cli.restoring import modes_kept
+from repbnn_cli.restoring import kept_in_eval, modes_kept
 from repbnn_cli.tracer import execute, fetch
-from repbnn_cli.train.measure import estimating, kept_in_eval, norms_of
+from repbnn_cli.train.measure import estimating, norms_of
 from repbnn_cli.train.units import Unit, Units
 
 _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
@@ -120,7 +120,7 @@ class _Fitting:
         self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
         self.on_left = on_left or (lambda path, why: None)
         self.units = Units(plan, rep, self.on_left)
-        self.kept = kept_in_eval(rep)
+        self.kept = set(kept_in_eval(rep).values())
         self.chunks = len(batches)
         self.done: list[Fitted] = []
         self.values: dict[fx.Node, Chunks] = {}
