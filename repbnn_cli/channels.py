@@ -196,7 +196,8 @@ def kind_of_module(module: nn.Module) -> str:
 def kind_of_call(node: fx.Node) -> str:
     """The table that a function or method is in, looking at its arguments where that decides; else "opaque".
 
-    "total": the mean over everything, which all replicas together have, too. "samples": a choice of samples.
+    "total": the mean over everything, which all replicas together have, too. "samples": a choice of samples, by their
+    numbers. "rows": parts of axis 0, whatever lies along it.
     """
     name = operator_name(node)
     args = node.args
@@ -215,6 +216,8 @@ def kind_of_call(node: fx.Node) -> str:
         return "spatial"
     if name in ("getitem", "index_select") and _picks_samples(node):
         return "samples"
+    if ndim > 1 and _parts_of_rows(node, name):
+        return "rows"
     if name == "getitem" and isinstance(args[1], tuple) and all(s == slice(None) for s in args[1][:2]):
         return "spatial" if len(args[1]) > 2 and all(isinstance(s, slice) for s in args[1]) else "fold"
     if name in ("cat", "concat", "concatenate"):
@@ -231,6 +234,16 @@ def _picks_samples(node: fx.Node) -> bool:
     *between, index = node.args[1:]
     numbers = index.meta["value"] if isinstance(index, fx.Node) else None
     return isinstance(numbers, Tensor) and numbers.ndim == 1 and between in ([], [0])
+
+
+def _parts_of_rows(node: fx.Node, name: str) -> bool:
+    """`x[:n]`, `x.chunk(2)`, `x.narrow(0, 0, n)`: of a batch that holds several images for each sample, say."""
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return isinstance(index[0], slice) and index[0] != slice(None) and all(s == slice(None) for s in index[1:])
+    if name in ("chunk", "split", "tensor_split"):
+        return (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) == 0
+    return name == "narrow" and (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")) == 0
 
 
 def _dims(node: fx.Node, ndim: int) -> set[int] | None:

@@ -13,17 +13,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from repbnn_cli.probe import CALLED_CONVOLUTIONS
+from repbnn_cli.probe import ARGUMENTS, CALLED_CONVOLUTIONS, TRANSPOSED_ARGUMENTS, TRANSPOSED_CONVOLUTIONS
 from repbnn_cli.static import roots, static_nodes
-
-_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 class ConvolutionCall(nn.Module):
     """One call of `F.conv2d` or its kin: forward(x, kernel, bias) with the stride, padding etc. of that call.
 
-    kind: "conv1d", "conv2d", "conv3d" or "linear"; options: the call's other arguments by name; of: where it is called,
-    and which parameters make its kernel and bias.
+    The kernel is (O, I/groups, k...), of a transposed convolution, too.
+    kind: "conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d" and kin; options: the call's other arguments by
+    name; of: where it is called, and which parameters make its kernel and bias.
     """
 
     def __init__(
@@ -32,9 +31,11 @@ class ConvolutionCall(nn.Module):
         super().__init__()
         self.function, self.kind, self.options, self._of = function, kind, dict(options), of
         self.groups = int(self.options.get("groups", 1))
+        self.transposed = function in TRANSPOSED_CONVOLUTIONS
 
     def forward(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.function(x, kernel, bias, **self.options)
+        turned = kernel.transpose(0, 1) if self.transposed else kernel
+        return self.function(x, turned, bias, **self.options)
 
     def like(self, other: ConvolutionCall) -> bool:
         """Whether both are the same call, of one line and with the same arguments."""
@@ -53,23 +54,38 @@ def as_modules(graph: fx.Graph, made: dict[str, ConvolutionCall]) -> None:
     static = static_nodes(graph)
     called: set[str] = set()
     for node in list(graph.nodes):
-        kind = CALLED_CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
-        given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs) if kind else {}
-        operands = [given.pop(name, None) for name in _NAMES[:3]]
-        x, kernel, bias = operands
+        kind, transposed = _kind(node)
+        names = TRANSPOSED_ARGUMENTS if transposed else ARGUMENTS
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs) if kind else {}
+        x, kernel, bias = (given.pop(name, None) for name in names[:3])
         if kind is None or x in static or kernel not in static or not (bias is None or bias in static):
             continue
-        if _holds_node(list(given.values())):
+        if _holds_node(list(given.values())) or (transposed and given.get("groups", 1) != 1):
             continue
         of = (node.meta.get("where"), tuple(str(n.target) for n in (*roots(kernel), *(roots(bias) if bias else ()))))
         call = ConvolutionCall(node.target if kind != "linear" else F.linear, kind, given, of)
         path = _path(node.meta.get("path", ""), call, made, called)
         called.add(path)
         with graph.inserting_before(node):
-            new = graph.call_module(path, tuple(operands[:2] if bias is None else operands))
+            outputs_first = _turned(graph, kernel) if transposed else kernel
+            new = graph.call_module(path, (x, outputs_first) if bias is None else (x, outputs_first, bias))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _kind(node: fx.Node) -> tuple[str | None, bool]:
+    """The kind of convolution that a node calls, if any, and whether it is a transposed one."""
+    if node.op != "call_function":
+        return None, False
+    return (TRANSPOSED_CONVOLUTIONS | CALLED_CONVOLUTIONS).get(node.target), node.target in TRANSPOSED_CONVOLUTIONS
+
+
+def _turned(graph: fx.Graph, kernel: fx.Node) -> fx.Node:
+    """(I, O, k...) → (O, I, k...)."""
+    new = graph.call_method("transpose", (kernel, 0, 1))
+    new.meta = {**kernel.meta, "value": kernel.meta["value"].transpose(0, 1)}
+    return new
 
 
 def _path(owner: str, call: ConvolutionCall, made: dict[str, ConvolutionCall], called: Container[str]) -> str:

@@ -143,6 +143,12 @@ class Kernel:
     def result_fan_in(self) -> int:
         return torch.Size(self.new_shape[1:]).numel()
 
+    @property
+    def filter_of_channel(self) -> tuple[int, ...]:
+        """For each output channel of the source, the filter that serves it behind the repeat."""
+        before, after = (n // self.members.groups for n in (self.shape[0], self.new_shape[0]))
+        return tuple(c // before * after + c % before % after for c in range(self.shape[0]))
+
     def made(self, tensor: Tensor, own: Tensor) -> bool:
         """Whether `own` is what this makes of `tensor`, without making it again."""
         if tuple(own.shape) != self.result_shape(tensor.shape):

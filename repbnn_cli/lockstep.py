@@ -277,7 +277,8 @@ class Lockstep:
         if source.op == "call_module" and isinstance(reference, Tensor) and isinstance(actual, Tensor):
             layer = self.plan.layers.get(str(source.target))
             sites = reference.shape[2:].numel(), actual.shape[2:].numel()
-            if layer is not None and layer.inputs_first:
+            called = fetch(self.plan.network.module, str(source.target))
+            if layer is not None and (layer.inputs_first or getattr(called, "transposed", False) is True):
                 sites = (source.all_input_nodes[0].meta["value"].shape[2:].numel(),) * 2
             elif layer is not None and layer.last_axis:
                 rows = reference[..., 0].numel(), actual[..., 0].numel() // self.plan.beta

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile, layout
+from repbnn_cli.inherit import Columns, Kernel, Mean, Recipe, Tile, layout, turned
 from repbnn_cli.recognize import Layer
 from repbnn_cli.sides import Probe
 from repbnn_cli.static import evaluate, roots
@@ -61,10 +61,10 @@ def _sides(
     size = torch.Size(layer.kernel_shape).numel()
     candidates = [n for n, t in held.items() if t.numel() == size]
     exact = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape]
-    matrices = [n for n in candidates if tuple(held[n].shape) == layer.kernel_shape[::-1] and held[n].ndim == 2]
-    turned = [n for n in matrices if _is_turned(module, kernel, n, held)]
+    either = [n for n in candidates if tuple(held[n].shape) == turned(layer.kernel_shape)]
+    inputs_first = [n for n in either if _is_turned(module, kernel, n, held)]
     flat = [n for n in candidates if layout(tuple(held[n].shape), layer.kernel_shape, layer.kernel_shape) is not None]
-    kernels = tuple(turned or exact or flat)
+    kernels = tuple(inputs_first or exact or flat)
     if candidates and not kernels:
         name, shape = candidates[0], tuple(held[candidates[0]].shape)
         raise CannotTellError(f"the axes of {name} {shape}, its kernel {layer.kernel_shape} in another order",
@@ -78,10 +78,10 @@ def _sides(
         return value
 
     probe = Probe(
-        run, held, kernels, layer.kernel_shape, layer.groups, out_axis=0, in_axis=1, inputs_first=bool(turned)
+        run, held, kernels, layer.kernel_shape, layer.groups, out_axis=0, in_axis=1, inputs_first=bool(inputs_first)
     )
     sides: dict[str, tuple[str | None, int]] = {
-        n: ("kernel", int(bool(turned))) if n in kernels else probe.place(n) for n in held
+        n: ("kernel", int(bool(inputs_first))) if n in kernels else probe.place(n) for n in held
     }
     for root in roots(kernel):
         name = str(root.target)
@@ -91,8 +91,8 @@ def _sides(
 
 
 def _is_turned(module: nn.Module, kernel: fx.Node, name: str, held: Mapping[str, Tensor]) -> bool:
-    """Whether a matrix holds the inputs first, (I, O): the kernel, (O, I), follows a permutation of its rows with its
-    columns."""
+    """Whether a tensor holds the inputs first, (I, O, k...): the kernel, (O, I, k...), follows a permutation of the
+    tensor's rows with its own columns."""
     rows = torch.arange(len(held[name])).roll(1)
     alike = {n: t.mean().expand_as(t).clone() for n, t in held.items() if n != name and t.is_floating_point()}
     before: Tensor = evaluate(module, kernel, alike)
@@ -122,7 +122,7 @@ def _of_kernel(way: Kernel | Columns | Tile, tensor: Tensor, layer: Layer, *, in
     if isinstance(way, Kernel):
         return replace(way, inputs_first=inputs_first)
     if inputs_first:
-        assert isinstance(way, Columns), "a matrix is no depthwise kernel"
+        assert isinstance(way, Columns), "a kernel with its inputs first is no depthwise one"
         return replace(way, axis=0)
     if tuple(tensor.shape) != layer.kernel_shape:
         raise CannotTellError("how to resize a kernel that is stored flat in a last or depthwise layer")

@@ -35,8 +35,8 @@ _MOST_CHANCE_ZEROS = 0.05  # with more of them a kernel of −1, 0 and 1 is mean
 
 _MANY = 64  # values, from which on it can be told how many bits they have
 
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _FURTHER = ("stride", "padding", "output_padding", "dilation")
 _LINEAR = ("input", "weight", "bias")
 
@@ -102,7 +102,7 @@ class ConvCalls(TorchFunctionMode):
         kind = TRANSPOSED_CONVOLUTIONS[func] if transposed else CALLED_CONVOLUTIONS.get(func)
         if kind is None:
             return func(*args, **kwargs)
-        names = _TRANSPOSED if transposed else _LINEAR if kind == "linear" else _CONV
+        names = TRANSPOSED_ARGUMENTS if transposed else _LINEAR if kind == "linear" else ARGUMENTS
         given = dict(zip(names, args, strict=False)) | kwargs
         groups = int(given.get("groups", 1))
         if transposed and groups > 1:

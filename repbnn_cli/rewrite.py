@@ -7,6 +7,7 @@ its role and the rule that claims it (`rewrite_modules`). Nothing is changed her
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -23,6 +24,11 @@ from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import GIVE_NOTHING, Made, shape_text
 from repbnn_cli.wording import some
 
+# What gives a part of its tensor, in the same memory.
+_PARTS = frozenset((
+    "getitem", "narrow", "select", "chunk", "split", "tensor_split", "unbind", "view", "reshape", "flatten",
+    "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "unsqueeze", "squeeze", "diagonal",
+))  # fmt: skip
 _PURE = ("torch", "_operator", "operator", "math", "builtins")
 
 
@@ -71,6 +77,8 @@ class Rewriter(ModuleWalk):
         elif node.op == "call_module":
             self._module(node)
         else:
+            if is_write(node):
+                self._refuse_lost_write(node)
             self._call(node)
 
     def _effect(self, node: fx.Node) -> None:
@@ -82,8 +90,28 @@ class Rewriter(ModuleWalk):
             self._made[x] = Made(tiled, want)  # the only form that holds the new values
             return
         if expanded:
-            self._refuse(node, f"{operator_name(node)} writes into an expanded tensor", "compute a new tensor instead")
+            self._refuse_write(node)
         self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
+
+    def _refuse_lost_write(self, node: fx.Node) -> None:
+        """`x.narrow(1, 4, 4).add_(r)`: in the new network the part may be a copy, and x would go on without the sum."""
+        part = node.args[0]
+        if not isinstance(part, fx.Node) or self._made[part].state is None:
+            return
+        while isinstance(part, fx.Node) and part.op != "call_module" and operator_name(part) in _PARTS:
+            part = part.args[0]
+            if isinstance(part, fx.Node) and any(self._order[user] > self._order[node] for user in part.users):
+                self._refuse_write(node)
+
+    def _refuse_write(self, node: fx.Node) -> None:
+        self._refuse(
+            node, f"{operator_name(node)} writes into a part of an expanded tensor", "compute a new tensor instead "
+            "(`torch.cat((x[:, :k], x[:, k:] + y), 1)` for `x[:, k:] += y`)",
+        )  # fmt: skip
+
+    @cached_property
+    def _order(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.network.graph.nodes)}
 
     # -- afterwards --------------------------------------------------------------------------------------------------
     def _follow_writes(self) -> None:

@@ -114,8 +114,9 @@ class ModuleWalk(OperatorWalk):
             possible = ", ".join(str(b) for b in range(1, per + 1) if per % b == 0)
             what = f"{out} output channels" if groups == 1 else f"{per} output channels of each of its {groups} groups"
             raise UsageError(
-                f"{layer.path}: beta {beta} does not divide its {what}; possible here: {possible}; or a rule with "
-                "`apply: tile` for it, which applies it to each copy"
+                f"{layer.path}: beta {beta} does not divide its {what}; possible here: {possible}; or a rule for "
+                f"it (rule file: `match: {{path: {layer.path}}}`): `apply: tile` applies it to each copy, "
+                "`apply: select_inputs` gives it one replica and ends the expansion there"
             )
         x = node.args[0]
         assert isinstance(x, fx.Node)

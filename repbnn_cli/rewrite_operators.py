@@ -32,6 +32,7 @@ from repbnn_cli.graph import Network
 from repbnn_cli.inherit import Kernel, Recipe, Tile
 from repbnn_cli.positions import PRODUCTS, is_other_layer
 from repbnn_cli.probe import CALLED_CONVOLUTIONS
+from repbnn_cli.proxies import is_write
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import evaluate, roots
@@ -64,12 +65,14 @@ class OperatorWalk(Walk):
         elif kind == "samples" and isinstance(node.args[0], fx.Node):
             self._need_rule(node, rule)
             self._keep(node, self._copy_mapped(node, self._as_tiled), self._map(node.args[0]))
+        elif kind == "rows" and self._as_channels(node):
+            self._need_rule(node, rule)
+            self._keep(node, self._copy_mapped(node, self._as_tiled), self._map(self._expanded(node)[0]))
         elif kind == "concatenate":
             self._need_rule(node, rule)
             self._concatenate(node)
         elif kind == "opaque":
-            call: Any = node.target if node.op == "call_function" else None
-            self._weightless(node, kind, call, rule)
+            self._weightless(node, kind, _callable(node), rule)
         else:
             self._weightless(node, kind, None, rule)
 
@@ -100,6 +103,10 @@ class OperatorWalk(Walk):
         self._keep(node, new, None)
         self._plain_edit(node, rule, "first_replica")
         return True
+
+    def _as_channels(self, node: fx.Node) -> bool:
+        """Whether the replicas are channels in all expanded tensors that a node takes, and no rows of axis 0."""
+        return all(isinstance(self._made[n].state, Tiled | Compact) for n in self._expanded(node))
 
     def _need_rule(self, node: fx.Node, rule: Rule | None) -> None:
         if rule is None or rule.apply != "tile":
@@ -259,7 +266,9 @@ class OperatorWalk(Walk):
         expanded = self._expanded(node)
         rule = self.rules.get(subject_of(node))
         positional = rule is not None and rule.align == "position"
-        maps = [self._map(n) for n in expanded]
+        # One value for all channels, XNOR-Net's K, has no map of its own.
+        maps = [self._map(n) for n in expanded if n.meta["value"].shape[1:2] == value.shape[1:2]]
+        maps = maps or [plain(value.shape[1], self.beta)]
         # Back to the plain map where there is a choice: RepConvs give it, and each sum with one would reorder again.
         want = next((m for m in maps if m.plain != positional), maps[0])
         as_they_come = positional and any(m != want for m in maps)
@@ -298,12 +307,14 @@ class OperatorWalk(Walk):
         beside = [n for n, s in zip(tensors, states, strict=True) if s is None]
         if compact is None or compact.members is None or not 0 < len(beside) == len(tensors) - 1:
             return False
-        return all(self._is_per_channel(n, value) and self._of_filters(n, value, compact.channels) for n in beside)
+        axes = {n: 1 - (value.ndim - n.meta["value"].ndim) for n in beside}
+        return all(self._is_per_channel(n, value) and self._of_filters(n, axes[n], compact.channels) for n in beside)
 
-    def _of_filters(self, operand: fx.Node, value: Tensor, channels: int) -> bool:
+    def _of_filters(self, operand: fx.Node, axis: int, channels: int) -> bool:
+        """Whether an operand comes to a number for each of so many filters when it is computed from resized kernels."""
         kernels = self._kernels_behind(operand)
         shape = list(operand.meta["value"].shape)
-        shape[1 - (value.ndim - len(shape))] = channels
+        shape[axis] = channels
         with torch.no_grad(), contextlib.suppress(Exception):  # the user's code on a kernel of another size
             resized = {path: r(fetch(self.network.module, path).detach()) for path, (r, _) in kernels.items()}
             return bool(kernels) and list(evaluate(self.network.module, operand, resized).shape) == shape
@@ -318,6 +329,9 @@ class OperatorWalk(Walk):
     def _beside(self, node: fx.Node, operand: fx.Node, value: Tensor, want: Tiled) -> fx.Node:
         """An operand in the form that fits the map `want` of the result."""
         made, shape = self._made[operand], operand.meta["value"].shape
+        if made.state is not None and len(shape) == value.ndim and shape[1] < want.source:  # of each replica, for all
+            order = rep_layers.ChannelSelect(torch.tensor(want.replica))
+            return self._add(f"{made.node.name}_expand", order, self._as_tiled(operand))
         if made.state is not None:
             return self._reordered(operand, want)
         axis = 1 - (value.ndim - len(shape))
@@ -332,7 +346,11 @@ class OperatorWalk(Walk):
         """Per-channel parameters, or what is computed from them: tiled at their roots, so that the copies can drift
         apart; where that is not the same (`self.scale.view(1, 64, 1, 1)`), the operand itself is repeated."""
         new, paths = self._made[operand].node, [str(root.target) for root in roots(operand)]
-        for path, (_, after) in self._kernels_behind(operand).items():
+        for path, (recipe, after) in self._kernels_behind(operand).items():
+            filters = recipe.filter_of_channel
+            if want.source == len(filters) and self._of_filters(operand, axis, recipe.new_shape[0]):
+                order = torch.tensor([filters[channel] for channel in want.index])
+                return self._add(f"{new.name}_expand", rep_layers.ChannelSelect(order, axis), new)
             self._refuse(
                 node, f"takes a number per channel from {path}, which becomes a RepConv's kernel {after}; none per "
                 "channel follows from that here", "multiply the convolution's own output by it, and write no size "
@@ -391,6 +409,9 @@ class OperatorWalk(Walk):
         value = node.meta["value"]
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         axis = int(dim) % value.ndim  # type: ignore[arg-type]
+        if axis == 0 and self._as_channels(node):
+            want = self._map(self._expanded(node)[0])
+            return self._keep(node, self._copy_mapped(node, lambda n: self._beside(node, n, value, want)), want)
         if axis == 0 or any(
             isinstance(self._made[n].state, Folded) and not unfoldable(n, self.network) for n in tensors
         ):
@@ -434,6 +455,13 @@ class OperatorWalk(Walk):
             and value.ndim > 1
             and value.shape[1] * self.beta == len(state.index)
         )
+
+
+def _callable(node: fx.Node) -> Any:
+    """What an operator calls, to be tried on other tensors; None for methods that write to theirs."""
+    if node.op == "call_function":
+        return node.target
+    return None if is_write(node) else getattr(Tensor, str(node.target), None)
 
 
 def unfoldable(node: fx.Node, network: Network) -> bool:

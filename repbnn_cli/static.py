@@ -20,16 +20,30 @@ def static_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that depend on no input of the network, but for its dtype and device."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        inputs = node.all_input_nodes
+        inputs = value_inputs(node)
         computed = node.op not in ("placeholder", "output") and inputs and found.issuperset(inputs)
         if node.op == "get_attr" or computed or _is_kind(node):
             found.add(node)
     return found
 
 
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node depends on: not x of `x.dtype`, y of `x.to(y)`."""
+    if _is_kind(node):
+        return []
+    casts = node.op == "call_method" and node.target in ("to", "type_as")
+    return node.all_input_nodes[:1] if casts else node.all_input_nodes
+
+
 def _is_kind(node: fx.Node) -> bool:
     """x.dtype, x.device: `torch.ones(1, 1, 3, 3, device=x.device)` is a constant."""
     return node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+def _kind_of(node: fx.Node) -> Tensor:
+    """A tensor of a node's dtype, and of its device, where that is a real one."""
+    value = node.meta["value"]
+    return torch.empty((), dtype=value.dtype, device="cpu" if value.is_meta else value.device)
 
 
 def roots(node: fx.Node) -> list[fx.Node]:
@@ -40,7 +54,7 @@ def roots(node: fx.Node) -> list[fx.Node]:
         at = todo.pop()
         if at not in seen:
             seen[at] = None
-            todo += () if _is_kind(at) else at.all_input_nodes
+            todo += value_inputs(at)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     found = [n for n in seen if n.op == "get_attr" and isinstance(n.meta["value"], Tensor)]
     unique = {str(n.target): n for n in sorted(found, key=lambda n: order[n], reverse=True)}
@@ -63,7 +77,8 @@ def evaluate(module: nn.Module, node: fx.Node, replaced: Mapping[str, Tensor]) -
         if _is_kind(at):
             return at.meta["value"]
         if at not in values:
-            args, kwargs = fx.map_arg((at.args, at.kwargs), value_of)
+            of = value_inputs(at)
+            args, kwargs = fx.map_arg((at.args, at.kwargs), lambda n: value_of(n) if n in of else _kind_of(n))
             values[at] = held(str(at.target)) if at.op == "get_attr" else execute(module, at, args, kwargs)
         return values[at]
 

@@ -26,7 +26,7 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.interception import recording
 from repbnn_cli.layers import LearnableBias
-from repbnn_cli.probe import CALLED_CONVOLUTIONS, ConvCalls, facts, value_bits
+from repbnn_cli.probe import CALLED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvCalls, facts, value_bits
 from repbnn_cli.proxies import (
     INPLACE,
     Method,
@@ -218,7 +218,7 @@ class Tracer(fx.Tracer):
             return args[0]
         if node.op == "call_module":
             return self._run_leaf(node, args, kwargs)
-        if node.op == "call_function" and node.target in CALLED_CONVOLUTIONS:
+        if node.op == "call_function" and node.target in (*CALLED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             return self._run_convolution(node, args, kwargs)
         return execute(self.root, node, args, kwargs)
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from repbnn_cli import seeds
 from repbnn_cli.cpu_only import running
+from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph import KeptGraphModule, random_inputs
 from repbnn_cli.inherit import Columns, Kernel
 from repbnn_cli.lockstep import Lockstep, StuckError, difference, tensors_of
 from repbnn_cli.plan import Plan
 from repbnn_cli.restoring import modes_kept, unchanged
-from repbnn_cli.tracer import fetch
+from repbnn_cli.tracer import fetch, place_of
 from repbnn_cli.wording import some
 
 
@@ -163,11 +164,19 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
             for p, _ in was:
                 p.grad = None
             seeds.seed(0)
-            outputs = tensors_of(network(*_copies(inputs)))
-            loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum()
-                       for o in outputs if o.requires_grad)  # fmt: skip
-            if isinstance(loss, Tensor):  # not where all parameters are frozen
-                loss.backward()
+            try:
+                outputs = tensors_of(network(*_copies(inputs)))
+                loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum()
+                           for o in outputs if o.requires_grad)  # fmt: skip
+                if isinstance(loss, Tensor):  # not where all parameters are frozen
+                    loss.backward()
+            except RuntimeError as error:  # somebody else's code: autograd takes less than a plain run
+                if network is captured:
+                    raise
+                raise CaptureError(
+                    f"{place_of(error)}: the network itself cannot be trained here (torch {torch.__version__}): "
+                    f"{' '.join(str(error).split())[:300]}; mend its forward, or leave training out (--verify quick)"
+                ) from error
             results.append((outputs, {n: p.grad for n, p in model.named_parameters()}))
             for p, grad in was:
                 p.grad = grad

@@ -25,7 +25,7 @@ from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.samples import rows_per_sample
-from repbnn_cli.static import static_nodes
+from repbnn_cli.static import static_nodes, value_inputs
 
 # Writes that give back nothing to go on with; `x.add_(y)` and `x += y` are carried like x + y.
 GIVE_NOTHING = (operator.setitem, set_data)
@@ -98,7 +98,8 @@ class Walk:
         """The operands that carry replicas into what a node gives."""
         if operator_name(node) in NEW_TENSORS:
             return []
-        return [n for n in self._tensors(node) if self._made[n].state is not None]
+        operands = [n for n in value_inputs(node) if holds_tensor(n.meta["value"])]
+        return [n for n in operands if self._made[n].state is not None]
 
     def _size_taken(self, node: fx.Node) -> fx.Node | None:
         """The expanded tensor whose whole size a node takes to make another: `torch.randn(x.size())`."""

@@ -227,6 +227,36 @@ class BinaryUp(nn.ConvTranspose2d):
         return F.conv_transpose2d(signs(x), signs(self.weight) * scale, None, self.stride, self.padding)
 
 
+class Called(Net):
+    """The same called as functions, with kernels of children and of the network's own."""
+
+    SHARED: ClassVar = {"up1.weight": 1, "w": 1}
+
+    def setup(self, c: int) -> None:
+        self.up1, self.m1 = nn.ConvTranspose2d(c, 24, 2, 2), nn.BatchNorm2d(24)
+        self.w, self.m2 = nn.Parameter(torch.empty(24, 16, 4, 4)), nn.BatchNorm2d(16)
+        self.out = nn.ConvTranspose2d(16, 2, 3, 1, 1)
+
+    def end(self, x: Tensor) -> object:
+        x = self.m1(F.conv_transpose2d(x, self.up1.weight, self.up1.bias, stride=2))
+        scale = self.w.abs().mean((0, 2, 3), keepdim=True)
+        x = self.m2(F.conv_transpose2d(signs(x), signs(self.w) * scale, stride=2, padding=1))
+        return F.conv_transpose2d(x, self.out.weight, self.out.bias, 1, 1)
+
+
+@pytest.mark.parametrize("last_layer", ["all", "1_over_beta"])
+@pytest.mark.parametrize("beta", [2, 4])
+def test_transposed_convolutions_that_are_called_as_functions(beta: int, last_layer: str) -> None:
+    plan = check(Called, beta=beta, last_layer=last_layer)
+    calls = {path: (layer.role, actions(plan)[path]) for path, layer in plan.layers.items() if layer.called}
+    assert list(calls.values()) == [
+        ("float_conv", "rep_conv"), ("binary_conv", "rep_conv"), ("float_conv", "select_inputs")
+    ]  # fmt: skip
+    rep = surgery.apply(plan)
+    assert tuple(rep.get_parameter("up1.weight").shape) == (16 * beta, 24 // beta, 2, 2)
+    assert tuple(rep.get_parameter("w").shape) == (24 * beta, 16 // beta, 4, 4)
+
+
 @pytest.mark.parametrize("last_layer", ["all", "1_over_beta"])
 @pytest.mark.parametrize("beta", [2, 4])
 def test_transposed_convolutions(beta: int, last_layer: str) -> None:
@@ -239,8 +269,9 @@ def test_transposed_convolutions(beta: int, last_layer: str) -> None:
     assert [rep.get_submodule("up1").in_channels, rep.get_submodule("up1").out_channels] == [16 * beta, 24 // beta]
 
 
-def test_a_transposed_convolution_costs_its_kernel_at_each_input() -> None:
-    network = capture(made(Decoder), Origin(None, "net", {}, None, ((3, 8, 8),)))
+@pytest.mark.parametrize("kind", [Decoder, Called])
+def test_a_transposed_convolution_costs_its_kernel_at_each_input(kind: type[Net]) -> None:
+    network = capture(made(kind), Origin(None, "net", {}, None, ((3, 8, 8),)))
     counted = profiler.profile(network, recognize(network)).totals
     assert counted.conv == 64 * 27 * 16 + 64 * 16 * 24 * 4 + 32 * 32 * 16 * 2 * 9
     assert counted.bconv == 64 * 16 * 16 * 9 + 16 * 16 * 24 * 16 * 16

@@ -439,3 +439,44 @@ def test_calibrate_fits_and_says_so(
     assert run(["calibrate", "slim.repbnn.pt", *quick]) == 2
     assert "slim.repbnn.pt: holds no source network to fit to (--slim); --fit 0 does without" in capsys.readouterr().err
     assert run(["calibrate", "slim.repbnn.pt", *quick, "--fit", "0"]) == 0
+
+
+class Pooled(nn.Module):
+    """A VGG's order: convolution, pooling, BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.bn1, self.pool = conv(8, 8), nn.BatchNorm2d(8), nn.MaxPool2d(2)
+        self.conv2, self.bn2 = conv(8, 8), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        x = F.hardtanh(self.bn1(self.pool(self.conv1(x))))
+        x = F.hardtanh(self.bn2(F.max_pool2d(self.conv2(x), 2)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_a_pooling_before_the_batch_norm_belongs_to_the_part(spread: float) -> None:
+    plan, rep = made(Pooled())
+    started, given, left = copy.deepcopy(rep), batches(4, 32), []
+    reconstruct.reconstruct(plan, started, given, steps=0)
+    units = reconstruct.reconstruct(
+        plan, rep, given, steps=60, spread=spread, on_left=lambda path, why: left.append(path)
+    )
+    assert ([unit.path for unit in units], left) == (["conv1", "conv2", "fc"], [])
+    assert all(unit.after < unit.before for unit in units[:2])
+    assert distance(plan, rep, given) < distance(plan, started, given)
+    one, other = rep.get_parameter("bn2.bias").chunk(2)
+    assert torch.equal(one, other) != bool(spread)
+
+
+def test_the_last_pooling_is_behind_its_part() -> None:
+    plan, rep = made(Residual())
+    units = reconstruct.Units(plan, rep, lambda path, why: None)
+    (last,) = [node for node in units.waiting if node.target == "conv2"]
+    unit = units.of(last)
+    assert unit is not None
+    assert not any(units.pools(node) for node in unit.nodes)

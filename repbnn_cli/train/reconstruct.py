@@ -15,6 +15,7 @@ docs/inheritance.md has what it is worth.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -264,20 +265,24 @@ class _Fitting:
         return rep_layers.unfold(result, self.plan.beta) if unit.unfolds else result
 
     def _norm(self, unit: Unit) -> _BatchNorm | None:
-        """The BatchNorm right behind the convolution, where it has scale and shift to be fitted."""
-        behind = unit.nodes[1:2]
+        """The BatchNorm behind the convolution, or its pooling, where it has scale and shift to be fitted."""
+        behind = self._unpooled(unit)[:1]
         module = fetch(self.rep, str(behind[0].target)) if behind and behind[0].op == "call_module" else None
         if not is_batch_norm(module) or not module.affine or module in self.kept:
             return None
         return module if module.weight.requires_grad and module.bias.requires_grad else None
 
+    def _unpooled(self, unit: Unit) -> list[fx.Node]:
+        """What follows the convolution and a pooling right behind it."""
+        return list(itertools.dropwhile(self.units.pools, unit.nodes[1:]))
+
     @torch.no_grad()
     def _start_norms(self, unit: Unit) -> None:
         """Scale and shift of the BatchNorm behind the convolution by least squares, each copy for its own channel."""
         module = self._norm(unit)
-        if module is None or not self.units.known(unit.nodes[1]):
+        if module is None or not self.units.known(norm := self._unpooled(unit)[0]):
             return
-        part = self.units.ending(unit.nodes[:2])
+        part = self.units.ending(unit.nodes[: unit.nodes.index(norm) + 1])
         wanted = torch.cat(self._wanted(part, _FEW))
         module.weight.fill_(1.0)
         module.bias.zero_()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Folded, State, Tiled, plain
+from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
 from repbnn_cli.rewrite_operators import unfoldable
@@ -81,7 +81,8 @@ class Units:
         chain, end = [conv], conv if self.known(conv) else None
         while len(chain[-1].users) == 1:
             following = next(iter(chain[-1].users))
-            if not self._continues(following, chain):
+            # A pooled value says less than the one before it, and is taken where that has no target: conv, pool, norm.
+            if not self._continues(following, chain) or (end is not None and self.pools(following)):
                 break
             chain.append(following)
             end = following if self.known(following) else end
@@ -126,6 +127,12 @@ class Units:
             return unfoldable(twin, self.source)
         return step.state is None or isinstance(step.state, Tiled)
 
+    def pools(self, node: fx.Node) -> bool:
+        """Whether a node of the Rep network acts over positions, on each channel alone."""
+        if node.op == "call_module":
+            return kind_of_module(fetch(self.rep, str(node.target))) == "spatial"
+        return node.op == "call_function" and operator_name(node) in SPATIAL
+
     def _continues(self, node: fx.Node, chain: list[fx.Node]) -> bool:
         if node.op == "call_module":
             layer = self.plan.layers.get(str(node.target))
@@ -133,9 +140,9 @@ class Units:
             module = fetch(self.rep, str(node.target))
             # What is called elsewhere, too, and has tensors is shared with a part that was fitted before.
             alone = self._uses[str(node.target)] == 1 or not module.state_dict()
-            fits = alone and (own or isinstance(module, _MODULES))
+            fits = alone and (own or isinstance(module, _MODULES) or self.pools(node))
         elif node.op == "call_function":
-            fits = node.target in _FUNCTIONS
+            fits = node.target in _FUNCTIONS or self.pools(node)
         else:
             fits = node.op == "call_method" and node.target in _METHODS
         others = [n for n in node.all_input_nodes if n is not chain[-1]]
