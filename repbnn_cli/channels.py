@@ -239,11 +239,12 @@ def _picks_samples(node: fx.Node) -> bool:
 def _parts_of_rows(node: fx.Node, name: str) -> bool:
     """`x[:n]`, `x.chunk(2)`, `x.narrow(0, 0, n)`: of a batch that holds several images for each sample, say."""
     if name == "getitem":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return isinstance(index[0], slice) and index[0] != slice(None) and all(s == slice(None) for s in index[1:])
-    if name in ("chunk", "split", "tensor_split"):
-        return (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) == 0
-    return name == "narrow" and (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")) == 0
+        given: Any = node.args[1]
+        first, *others = given if isinstance(given, tuple) else (given,)
+        return isinstance(first, slice) and first != slice(None) and all(s == slice(None) for s in others)
+    at, default = {"chunk": (2, 0), "split": (2, 0), "tensor_split": (2, 0), "narrow": (1, None)}.get(name, (0, None))
+    dim: Any = node.kwargs.get("dim", node.args[at] if 0 < at < len(node.args) else default)
+    return isinstance(dim, int) and dim == 0
 
 
 def _dims(node: fx.Node, ndim: int) -> set[int] | None:

@@ -334,6 +334,8 @@ class _Walk:
     # -- what the reader has to know ---------------------------------------------------------------------------------
     def notes(self) -> Iterator[str]:
         """Facts about this network's figures, in the order of `counting`'s tables."""
+        sizes = ", ".join("x".join(map(str, shape[1:])) for shape in self.network.example)
+        yield f"The input is {sizes}."
         modules = list(dict(self._modules).items())  # one that is called several times, once
         rotated = [p for p, m in modules if isinstance(m, RBNNConv2d)]
         own = [p for p, m in modules if isinstance(m, BinaryConv2d)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,24 @@ def folder_of(checkpoint: str | os.PathLike[str]) -> Path | None:
     """The run that a file is of: RUN for RUN/checkpoints/best.pt; None for files from elsewhere."""
     place = Path(os.path.abspath(checkpoint)).parent.parent
     return place if (place / RECORD).is_file() else None
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a run, begun or done."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """Raises UsageError where a new run would meet another one."""
+    if is_run(folder):
+        raise UsageError(f"{folder}: holds a run already; --resume continues it, or give another folder")
+
+
+def begun_by(folder: str | os.PathLike[str]) -> str:
+    """The command line that a run began with, as far as it is on record."""
+    command = json_object(Path(folder) / ENVIRONMENT).get("command")
+    words = [str(word) for word in command[1:]] if isinstance(command, list) else []
+    return f"`repbnn {shlex.join(words)}`" if words[:1] == ["finetune"] else "a program"
 
 
 def states(path: Path) -> list[tuple[tuple[int, ...], Path]]:

@@ -100,7 +100,7 @@ def from_file(
     """
     path = str(file.path)
     if file.payload is not None:
-        source = file.payload["source"]["file"]
+        source = file.payload["source"]["file"] or file.payload["source"]["arch"] or "the network it came from"
         raise UsageError(f"{path}: is a result of `repbnn transform` already; transform its source ({source}) instead")
     if checkpoint.PACKED in file.metadata:
         raise UsageError(f"{path}: is a packed network (`repbnn export packed`), for inference alone; name its source")

@@ -149,7 +149,7 @@ def _edited(change: str) -> dict[str, bytes]:
         ("split", "images in train only; expected train/CLASS/*.png|jpg and test/CLASS/*.png|jpg"),
         ("one-sided", "test/ has no images of cat, train/ has; add them, or remove both"),
         ("damaged", "train/cat/0003.png cannot be decoded ("),
-        ("text", "train/cat/0003.png cannot be decoded ("),
+        ("text", "train/cat/0003.png cannot be decoded (no image of a known format); copy it again"),
         ("size", "train/cat/0003.png is 30x32 pixels, most are 32x32; bring all to one size"),
         ("all sizes", "not CIFAR-10: images of 16x16 pixels, expected 32x32"),
     ],
@@ -338,6 +338,8 @@ def test_paths_that_do_not_exist_or_hold_nothing_are_named(tmp_path: Path) -> No
     assert refusal(f"folder:{missing}") == (
         f"{missing}: no images in it; expected images as train/CLASS/*.png|jpg and test/CLASS/*.png|jpg"
     )
+    (part := missing / "train" / "cat").mkdir(parents=True)
+    assert refusal(f"folder:{part.parent}").endswith(f"; did you mean folder:{missing}?")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

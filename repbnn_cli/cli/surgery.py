@@ -143,6 +143,12 @@ def rules_check(
     network: Annotated[
         str | None, typer.Option("--network", help="Also say what it claims in this zoo network or checkpoint.")
     ] = None,
+    arch: Arch = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    unsafe_load: Unsafe = False,
     as_json: Json = False,
 ) -> None:
     """Whether a rule file is valid and, with --network, what each rule claims.
@@ -150,10 +156,14 @@ def rules_check(
     \b
     Examples:
     repbnn rules check mine.yaml --network ckpt.pth
+    repbnn rules check mine.yaml --network ckpt.pt --model net.py:make
     """
     from repbnn_cli.commands import rules as commands
 
-    commands.rules_check(name, network=network, as_json=as_json)
+    commands.rules_check(
+        name, network=network, as_json=as_json, input_size=input_size, arch=arch, model=model, model_args=model_args,
+        key=key, unsafe=unsafe_load,
+    )  # fmt: skip
 
 
 @rules_app.command("init")

@@ -208,7 +208,7 @@ def calibrate_command(
     ] = 2048,
     device: Device = "auto",
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="NAME-calibrated.repbnn.pt if not given.")
+        str | None, typer.Option("--output", "-o", help="NAME-calibrated, with its ending, if not given.")
     ] = None,
     force: Force = False,
     model: Model = None,

@@ -92,19 +92,23 @@ def _inspect_packed(file: checkpoint.Checkpoint, header: Mapping[str, Any], *, a
         views.console().print(views.facts(_readable(values)))
 
 
+# A SHA-256 behind the longest label is one line of 80 columns.
+_LABELS = {"state dict under": "state dict in", "prefix taken off": "without prefix", "stated accuracy": "states"}
+
+
 def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    for label, value in values.items():
-        if label == "result of transform" and value:
+    for name, value in values.items():
+        label = _LABELS.get(name, name)
+        if name == "result of transform" and value:
             options = value["options"]
             passed = all(c["passed"] for c in value["certificate"])
             yield (
-                "result of transform",
-                f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}",
-            )
+                "transformed", f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}"
+            )  # fmt: skip
             yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
             yield "certificate", "passed" if passed else "FAILED"
             yield from _trained(value.get("training", {}))
-        elif label == "kernel zeros":
+        elif name == "kernel zeros":
             yield label, kernel_views.zeros_text(value)
         elif isinstance(value, dict) and value:
             yield label, ", ".join(f"{k} {_short(v)}" for k, v in value.items())

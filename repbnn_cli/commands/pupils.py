@@ -19,8 +19,10 @@ from repbnn_cli.graph import Network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.source import Origin
 from repbnn_cli.train import engine, recipes
-from repbnn_cli.train.data import Dataset, ImageFolders, open_data
+from repbnn_cli.train.data import Dataset, ImageFolders, check_there, open_data
 from repbnn_cli.train.recipes import Recipe
+
+_NO_DATA = "--data: name the data, e.g. cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR or digits"
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,37 @@ def check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None
             raise UsageError(f"{option} {value:g} and --set {name}=...: say the same twice; give one of them")
 
 
+def check_asked(data: str | None, recipe: str | None, sets: Sequence[str], *, own: bool) -> None:
+    """What can be said of data and recipe before the network is loaded. own: it comes from code of the user's own."""
+    if data is not None:
+        check_there(data)
+    elif own:
+        raise UsageError(_NO_DATA)
+    if recipe is not None and (recipe in recipes.names() or Path(recipe).is_file()):
+        recipes.override(recipes.load(recipe), sets)
+
+
+def check_run(target: str | None, run_dir: str | None, *, resume: bool) -> None:
+    """A UsageError for a folder that does not fit: a run's in place of a network, one that is taken already."""
+    if target is not None and runs.is_run(target):
+        raise UsageError(
+            f"{target}: is the folder of a run, which {runs.begun_by(target)} began; that with --resume continues it"
+        )
+    if run_dir is not None and not resume:
+        runs.check_free(run_dir)
+    if run_dir is not None and resume and target is None and runs.is_run(run_dir):
+        raise UsageError(
+            f"--resume: takes what the run began with; in {run_dir} that was {runs.begun_by(run_dir)}: give it again, "
+            "with --resume"
+        )
+
+
 def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
     """The data named, else CIFAR-10 where the network is made for it."""
     if spec is None and origin.arch and registry.ARCHS[origin.arch].data == "CIFAR-10":
         spec = "cifar10"
     if spec is None:
-        raise UsageError("--data: name the data, e.g. cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR or digits")
+        raise UsageError(_NO_DATA)
     found = open_data(spec)
     views.say(*(f"note: {n}" for n in found.notes))
     return found

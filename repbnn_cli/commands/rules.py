@@ -9,6 +9,8 @@ from typing import Any
 from repbnn_cli import drafts, rule_files, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli.commands import targets
+from repbnn_cli.cpu_only import running
+from repbnn_cli.errors import UsageError
 from repbnn_cli.recognize import recognize
 
 
@@ -30,15 +32,20 @@ def rules_show(name: str, *, resolved: bool) -> None:
     views.print_text(rule_set.text if resolved else rule_files.find(name, None).text)
 
 
-def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
+def rules_check(
+    name: str, *, network: str | None, as_json: bool, input_size: str | None = None, **origin: Any
+) -> None:  # fmt: skip
     """Valid or not; with a network, how many modules each rule claims there."""
     rule_set = rulebook.load(name)
+    if network is None and (input_size or any(origin.values())):
+        raise UsageError("--network: is missing; --model and its like say what is in the checkpoint that it names")
     claims: dict[str, list[str]] = {rule.name: [] for rule in rule_set.rules}
     if network is not None:
-        src = targets.network_of(network)
+        src = targets.network_of(network, input_size=input_size, **origin)
         source.check_declared(src.model, rule_set)
-        captured = source.capture(src.model, src.origin, rule_set)
-        assigned = rule_set.assign(surgery.subjects(captured, recognize(captured, rule_set.declare)))
+        with running(src.model):
+            captured = source.capture(src.model, src.origin, rule_set)
+            assigned = rule_set.assign(surgery.subjects(captured, recognize(captured, rule_set.declare)))
         for path, rule in assigned.items():
             claims[rule.name].append(path)
     if as_json:
@@ -46,10 +53,10 @@ def rules_check(name: str, *, network: str | None, as_json: bool) -> None:
                 for r in rule_set.rules]  # fmt: skip
         views.print_json({"name": rule_set.name, "valid": True, "options": targets.options_of(rule_set), "rules": rows})
         return
-    made = views.table("rule", "part", "apply", "claims", "where", right=("claims",))
+    made = views.table("rule", "part", "apply", *(["claims"] if network else []), "where", right=("claims",))
     for rule in rule_set.rules:
-        count = str(len(claims[rule.name])) if network else ""
-        made.add_row(rule.name, rule.part, rule.apply, count, rule.where)
+        count = [str(len(claims[rule.name]))] if network else []
+        made.add_row(rule.name, rule.part, rule.apply, *count, rule.where.removeprefix("rules/"))
     views.console().print(made)
     views.say(f"{name}: valid, {len(rule_set.rules)} rules")
 

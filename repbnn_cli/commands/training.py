@@ -44,6 +44,8 @@ def finetune(
     backends.choose(pupils.device_of(device), backend, gradients)
     compiled.check_mode(compile_mode)
     pupils.check_once(sets, {"epochs": epochs, "distillation.weight": distill})
+    pupils.check_run(target, run_dir, resume=resume)
+    pupils.check_asked(data, recipe, sets, own=origin["model"] is not None)
     seeds.seed(seed)
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
@@ -138,7 +140,9 @@ def _deliver(
         (result.save if pupil.opened else checkpoint.save)(payload, output, force=force)
         views.say(*views.left_out_lines(output, payload))
     best = output or str(outcome.best)
-    notes = [*dataset.notes, *outcome.notes, *run_views.distance_lines(record.reached)]
+    began = next((row["test_top1"] for row in record.rows if not row["epoch"]), 0.0)
+    behind = [f"the run began with {began:.2f} %, which no epoch reached"] if began > outcome.best_top1 else []
+    notes = [*dataset.notes, *outcome.notes, *behind, *run_views.distance_lines(record.reached)]
     if as_json:
         views.print_json({
             "top1": outcome.top1, "best_top1": outcome.best_top1, "best_epoch": outcome.best_epoch,

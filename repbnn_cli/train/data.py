@@ -103,6 +103,13 @@ def check_spec(spec: str) -> None:
     _parsed(spec)
 
 
+def check_there(spec: str) -> None:
+    """Raises UsageError for what no `--data` can be, DataError where nothing is at its path; what, is not looked at."""
+    name, path = _parsed(spec)
+    if path is not None and not path.exists():
+        raise DataError(f"{path}: no such file or folder; check the path{_how_to_get(name)}")
+
+
 def _parsed(spec: str) -> tuple[str, Path | None]:
     name, _, path = spec.partition(":")
     if name not in _FORMS:
@@ -159,7 +166,9 @@ def _from_folder(name: str, folder: Path, cache: Path | None) -> Dataset:
         path = folder / layout.archive
         if layout.data == name and path.is_file():
             return cached(name, content_key(path), partial(_from_archive, name, path), folder=cache)
-    raise DataError(f"{folder}: no {_TITLES[name]} in it; {_expected(name)}{_how_to_get(name)}")
+    split = Path(os.path.abspath(folder))
+    meant = f"; did you mean {name}:{os.path.normpath(folder / '..')}?" if split.name in (TRAIN, *TESTS) else ""
+    raise DataError(f"{folder}: no {_TITLES[name]} in it; {_expected(name)}{_how_to_get(name)}{meant}")
 
 
 def _from_archive(name: str, path: Path) -> Dataset:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from repbnn_cli.errors import DataError
 from repbnn_cli.train.archives import Entry
@@ -168,6 +168,7 @@ def _decode(chunk: list[tuple[Place, bytes]], where: str) -> list[np.ndarray[Any
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 images.append(np.asarray(image.convert("RGB")))
         except Exception as error:  # a damaged image raises anything
-            what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            known = isinstance(error, UnidentifiedImageError)  # its text names an object in memory
+            what = "no image of a known format" if known else (str(error) or type(error).__name__).splitlines()[0][:120]
             raise DataError(f"{where}: {place} cannot be decoded ({what}); copy it again, or remove it") from None
     return images

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
-from repbnn_cli.runs import ENVIRONMENT, METRICS, RECIPE, RECORD, TIMING, json_object, states
+from repbnn_cli.runs import ENVIRONMENT, METRICS, RECIPE, RECORD, TIMING, check_free, json_object, states
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
@@ -94,8 +94,7 @@ class Run:
         """Claims the folder for a run, or checks that the run in it is this one. Raises UsageError."""
         record = self.path / RECORD
         if not self.resume:
-            if record.exists():
-                raise UsageError(f"{self.path}: holds a run already; --resume continues it, or give another folder")
+            check_free(self.path)
             logs = (self.path / name for name in (METRICS, TABLE, TIMING))
             left = [path for path in (*logs, *self.checkpoints.glob("*.pt")) if path.exists()]
             if left:  # a state of another run would pass for this one's
