@@ -259,8 +259,7 @@ class _Fitting:
             return fetch(self.rep, str(node.target)) if node.op == "get_attr" else self.values[node][chunk]
 
         for node in (*unit.computing, *unit.nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            local[node] = execute(self.rep, node, args, kwargs)
+            local[node] = self._executed(node, value)
         result: Tensor = local[unit.nodes[-1]]
         return rep_layers.unfold(result, self.plan.beta) if unit.unfolds else result
 
@@ -310,7 +309,14 @@ class _Fitting:
 
     @torch.no_grad()
     def _run(self, node: fx.Node, chunk: int) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_batch(self.values, chunk))
+        return self._executed(node, self._of_batch(self.values, chunk))
+
+    def _executed(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """A node of the Rep network, without writing into what it takes: units are run often, and ahead of others."""
+        given: Any = fx.map_arg((node.args, node.kwargs), value)
+        args, kwargs = given
+        if self.units.writes(node):
+            args = (args[0].clone(), *args[1:])
         return execute(self.rep, node, args, kwargs)
 
     def _settle(self, node: fx.Node) -> None:

@@ -19,9 +19,11 @@ from repbnn_cli import rep_layers
 from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
+from repbnn_cli.proxies import is_write
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
+from repbnn_cli.walk import GIVE_NOTHING
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
 # Modules that the plan calls per channel do, too.
@@ -114,6 +116,10 @@ class Units:
         for node in unit.nodes[0].all_input_nodes[1:2]:  # of a call
             held += [fetch(self.rep, str(n.target)) for n in self._behind[node] | {node} if n.op == "get_attr"]
         return [tensor for tensor in held if isinstance(tensor, Tensor) and kernel_like(tensor)]
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node writes into its first operand, which nothing behind it takes any more: `x += y`."""
+        return is_write(node) and node.target not in GIVE_NOTHING and node not in self._static
 
     def known(self, node: fx.Node) -> bool:
         """Whether the source has a value for what a node gives."""
