@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from repbnn_cli.inherit import Members
 from repbnn_cli.interception import FunctionCall
-from repbnn_cli.proxies import INPLACE
+from repbnn_cli.proxies import INPLACE, is_write
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,14 @@ FOLDABLE = frozenset((
     "expand_as", "repeat", "unbind", "unfold", "normalize", "view_as", "reshape_as", "cumsum", "sort",
     "topk", "argmax", "gather", "matmul", "bmm",
 ))  # fmt: skip
+# What gives a part of its tensor, in the same memory, and what may give the tensor itself.
+PARTS = frozenset((
+    "getitem", "narrow", "select", "chunk", "split", "tensor_split", "unbind", "view", "reshape", "flatten",
+    "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "unsqueeze", "squeeze", "diagonal",
+))  # fmt: skip
+_ITSELF = frozenset(
+    ("contiguous", "detach", "to", "type", "type_as", "float", "identity", "requires_grad", "expand_as")
+)
 _SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
@@ -257,6 +265,11 @@ def _dims(node: fx.Node, ndim: int) -> set[int] | None:
     if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
         return None
     return {d % ndim for d in dims} if ndim else None
+
+
+def shares_memory(node: fx.Node, names: frozenset[str] = PARTS | _ITSELF) -> bool:
+    """Whether a node gives its first operand, or a part of it: by an operator of these, or by writing to it."""
+    return node.op in ("call_function", "call_method") and (operator_name(node) in names or is_write(node))
 
 
 def reduces_channels(node: fx.Node) -> bool:

@@ -6,29 +6,27 @@ its role and the rule that claims it (`rewrite_modules`). Nothing is changed her
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import fx
+from torch import Tensor, fx
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import Compact, Tiled, makes_container, operator_name
+from repbnn_cli.channels import PARTS, Compact, Folded, Tiled, makes_container, operator_name, plain, shares_memory
 from repbnn_cli.inherit import Tile
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.rewrite_modules import ModuleWalk
+from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
 from repbnn_cli.walk import GIVE_NOTHING, Made, shape_text
 from repbnn_cli.wording import some
 
-# What gives a part of its tensor, in the same memory.
-_PARTS = frozenset((
-    "getitem", "narrow", "select", "chunk", "split", "tensor_split", "unbind", "view", "reshape", "flatten",
-    "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "unsqueeze", "squeeze", "diagonal",
-))  # fmt: skip
 _PURE = ("torch", "_operator", "operator", "math", "builtins")
 
 
@@ -77,9 +75,9 @@ class Rewriter(ModuleWalk):
         elif node.op == "call_module":
             self._module(node)
         else:
-            if is_write(node):
-                self._refuse_lost_write(node)
             self._call(node)
+            if is_write(node):
+                self._write_back(node)
 
     def _effect(self, node: fx.Node) -> None:
         expanded = self._expanded(node)
@@ -90,23 +88,79 @@ class Rewriter(ModuleWalk):
             self._made[x] = Made(tiled, want)  # the only form that holds the new values
             return
         if expanded:
-            self._refuse_write(node)
+            self._set_item(node)
+            return
         self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), None)
 
-    def _refuse_lost_write(self, node: fx.Node) -> None:
-        """`x.narrow(1, 4, 4).add_(r)`: in the new network the part may be a copy, and x would go on without the sum."""
-        part = node.args[0]
-        if not isinstance(part, fx.Node) or self._made[part].state is None:
-            return
-        while isinstance(part, fx.Node) and part.op != "call_module" and operator_name(part) in _PARTS:
-            part = part.args[0]
-            if isinstance(part, fx.Node) and any(self._order[user] > self._order[node] for user in part.users):
-                self._refuse_write(node)
+    def _set_item(self, node: fx.Node) -> None:
+        """`x[:, 4:] = y`, in each replica: x goes on as a tensor of its own, into which the value was written."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        if not isinstance(x.meta["value"], Tensor) or self._made[x].state is None:
+            self._refuse_write(node)
+        written = self._own_memory(node, x)
+        self._keep(
+            node, self._copy_mapped(node, lambda n: written if n is x else self._as_folded(n), folded=True), None
+        )
+        self._goes_on(x, written)
 
-    def _refuse_write(self, node: fx.Node) -> None:
+    def _write_back(self, node: fx.Node) -> None:
+        """`x.narrow(1, 4, 4).add_(y)`: in the new network the part may be a copy, so that its values are set in x, too.
+
+        Nothing to do where x is not used any more, or where `x[:, 4:] += y` sets them itself.
+        """
+        chain: list[fx.Node] = []  # parts of parts, and what was written to them
+        at = node.args[0]
+        while isinstance(at, fx.Node) and shares_memory(at, PARTS):
+            chain.append(at)
+            at = at.args[0]
+        while chain and is_write(chain[-1]):
+            chain.pop()
+        x = chain[-1].args[0] if chain else None
+        if not isinstance(x, fx.Node) or self._made[x].state is None or not self._later(x, node):
+            return
+        item = [u for u in x.users if u.target is operator.setitem and u.args[2] is node]
+        if len(chain) == 1 and any(u.args[:2] == chain[0].args[:2] for u in item):
+            return
+        written = self._own_memory(node, x, besides=chain)
+        copies = {x: written}
+        for link in reversed(chain):
+            if is_write(link):
+                copies[link] = copies[link.args[0]]  # type: ignore[index]
+            else:
+                copies[link] = self._copy_mapped(link, lambda n: copies.get(n) or self._as_folded(n), folded=True)
+        whole: Any = ...
+        self.graph.call_function(operator.setitem, (copies[chain[0]], whole, self._as_folded(node)))
+        self._goes_on(x, written)
+
+    def _own_memory(self, node: fx.Node, x: fx.Node, besides: Sequence[fx.Node] = ()) -> fx.Node:
+        """A copy of x with its replicas as samples; refused where others that are used later share memory with x."""
+        before = (u for u in x.users if u not in besides and self._order[u] < self._order[node])
+        others = [u for u in before if shares_memory(u)]
+        above: Any = x
+        while isinstance(above, fx.Node) and shares_memory(above):
+            above = above.args[0]
+            others.append(above)
+        state = self._made[x].state
+        if any(self._later(other, node) for other in others if isinstance(other, fx.Node)) or (
+            isinstance(state, Folded) and not unfoldable(x, self.network)
+        ):
+            self._refuse_write(node)
+        return self.graph.call_method("clone", (self._as_folded(x),))
+
+    def _goes_on(self, x: fx.Node, written: fx.Node) -> None:
+        made = Made(self._by_rows(rep_layers.unfold, written, x), plain(x.meta["value"].shape[1], self.beta))
+        made.folded = written
+        self._made[x] = made
+
+    def _later(self, node: fx.Node, than: fx.Node) -> bool:
+        """Whether a node is used behind another one."""
+        return any(self._order[user] > self._order[than] for user in node.users)
+
+    def _refuse_write(self, node: fx.Node) -> NoReturn:
         self._refuse(
-            node, f"{operator_name(node)} writes into a part of an expanded tensor", "compute a new tensor instead "
-            "(`torch.cat((x[:, :k], x[:, k:] + y), 1)` for `x[:, k:] += y`)",
+            node, f"{operator_name(node)} writes into an expanded tensor, or others in its memory", "compute a new "
+            "tensor instead (`torch.cat((x[:, :k], x[:, k:] + y), 1)` for `x[:, k:] += y`)",
         )  # fmt: skip
 
     @cached_property
