@@ -210,6 +210,15 @@ def test_a_declaration_that_matches_no_module_is_said(
     assert "matches no module" in capsys.readouterr().err
 
 
+def test_rules_are_checked_against_a_network_of_the_users(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["rules", "check", "reptran", "--network", "own.pth", *MODEL, "--json"]) == 0
+    claims = {rule["rule"]: rule["claims"] for rule in json.loads(capsys.readouterr().out)["rules"]}
+    assert any(claims.values())
+    assert run(["rules", "check", "reptran", *MODEL]) == 2
+    assert capsys.readouterr().err.startswith("error: --network: is missing")
+
+
 def test_a_sweep_checks_what_its_cells_would_fail_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

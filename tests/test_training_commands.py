@@ -240,6 +240,33 @@ def test_bad_input(
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["own.pth", "--model", "gone.py:make"], 2, "--data: name the data"),
+        (["own.pth", "--model", "gone.py:make", "--data", "folder:nowhere"], 3, "nowhere: no such file or folder"),
+        (["own.pth", "--data", "digits", "--recipe", "irnet-cifar10-resnet20", "--set", "epoch=1"], 2, "epoch"),
+        (["own.pth", "--data", "digits", "--run-dir", "begun"], 2, "begun: holds a run already"),
+        (["begun", "--data", "digits"], 2, "`repbnn finetune own.pth --data 'cifar10:a b'` began; that with"),
+        (["--resume", "--run-dir", "begun"], 2, "that was `repbnn finetune own.pth --data 'cifar10:a b'`: give"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_said_before_the_network_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    """own.pth, and the code that it is said to need, are not there."""
+    monkeypatch.chdir(tmp_path)
+    Path("begun").mkdir()
+    Path("begun/run.json").write_text("{}")
+    began = {"command": ["/usr/bin/repbnn", "finetune", "own.pth", "--data", "cifar10:a b"]}
+    Path("begun/environment.json").write_text(json.dumps(began))
+    assert run(["finetune", *command]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_a_mistyped_key_in_a_recipe_file_is_shown_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
