@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -224,7 +225,7 @@ def kind_of_call(node: fx.Node) -> str:
         return "spatial"
     if name in ("getitem", "index_select") and _picks_samples(node):
         return "samples"
-    if ndim > 1 and _parts_of_rows(node, name):
+    if ndim > 1 and _parts_of_rows(node, name, ndim):
         return "rows"
     if name == "getitem" and isinstance(args[1], tuple) and all(s == slice(None) for s in args[1][:2]):
         return "spatial" if len(args[1]) > 2 and all(isinstance(s, slice) for s in args[1]) else "fold"
@@ -244,7 +245,7 @@ def _picks_samples(node: fx.Node) -> bool:
     return isinstance(numbers, Tensor) and numbers.ndim == 1 and between in ([], [0])
 
 
-def _parts_of_rows(node: fx.Node, name: str) -> bool:
+def _parts_of_rows(node: fx.Node, name: str, ndim: int) -> bool:
     """`x[:n]`, `x.chunk(2)`, `x.narrow(0, 0, n)`: of a batch that holds several images for each sample, say."""
     if name == "getitem":
         given: Any = node.args[1]
@@ -252,7 +253,7 @@ def _parts_of_rows(node: fx.Node, name: str) -> bool:
         return isinstance(first, slice) and first != slice(None) and all(s == slice(None) for s in others)
     at, default = {"chunk": (2, 0), "split": (2, 0), "tensor_split": (2, 0), "narrow": (1, None)}.get(name, (0, None))
     dim: Any = node.kwargs.get("dim", node.args[at] if 0 < at < len(node.args) else default)
-    return isinstance(dim, int) and dim == 0
+    return isinstance(dim, int) and dim % ndim == 0
 
 
 def _dims(node: fx.Node, ndim: int) -> set[int] | None:
@@ -270,6 +271,23 @@ def _dims(node: fx.Node, ndim: int) -> set[int] | None:
 def shares_memory(node: fx.Node, names: frozenset[str] = PARTS | _ITSELF) -> bool:
     """Whether a node gives its first operand, or a part of it: by an operator of these, or by writing to it."""
     return node.op in ("call_function", "call_method") and (operator_name(node) in names or is_write(node))
+
+
+def takes_rows(node: fx.Node) -> bool:
+    """Whether a part, or an item that is set, is one of axis 0: `x[0]`, `x[:n]`, `x[numbers]`, `x.select(0, 0)`."""
+    of: Any = node.args[0]
+    if not isinstance(of.meta["value"], Tensor):  # one of several parts
+        return False
+    ndim = of.meta["value"].ndim
+    if operator_name(node) in ("getitem", "setitem"):
+        given: Any = node.args[1]
+        first = given[0] if isinstance(given, tuple) and given else given
+        mask = isinstance(first, fx.Node) and isinstance(v := first.meta["value"], Tensor) and v.dtype == torch.bool
+        return not (mask or first is Ellipsis or (isinstance(first, slice) and first == slice(None)))
+    if operator_name(node) in ("select", "unbind"):
+        dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        return isinstance(dim, int) and dim % ndim == 0
+    return _parts_of_rows(node, operator_name(node), ndim)
 
 
 def reduces_channels(node: fx.Node) -> bool:

@@ -15,7 +15,17 @@ from typing import Any, NoReturn
 from torch import Tensor, fx
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import PARTS, Compact, Folded, Tiled, makes_container, operator_name, plain, shares_memory
+from repbnn_cli.channels import (
+    PARTS,
+    Compact,
+    Folded,
+    Tiled,
+    makes_container,
+    operator_name,
+    plain,
+    shares_memory,
+    takes_rows,
+)
 from repbnn_cli.inherit import Tile
 from repbnn_cli.plan import Step
 from repbnn_cli.positions import holds_tensor
@@ -38,6 +48,10 @@ class Rewriter(ModuleWalk):
         for node in self.network.graph.nodes:
             if node in used:
                 self._visit(node)
+                if node.kwargs.get("inplace") is True and not node.users and self._expanded(node):
+                    self._refuse(
+                        node, f"{operator_name(node)} works in place, and its result is dropped", "go on with it"
+                    )
         for path, node in self._read_whole.items():
             if path in self.edits or any(path.startswith(f"{e}.") for e in self.edits):
                 self._refuse(node, f"{path} is used both by channel and in another way", "use two parameters")
@@ -96,7 +110,7 @@ class Rewriter(ModuleWalk):
         """`x[:, 4:] = y`, in each replica: x goes on as a tensor of its own, into which the value was written."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        if not isinstance(x.meta["value"], Tensor) or self._made[x].state is None:
+        if not isinstance(x.meta["value"], Tensor) or self._made[x].state is None or takes_rows(node):
             self._refuse_write(node)
         written = self._own_memory(node, x)
         self._keep(
@@ -122,6 +136,8 @@ class Rewriter(ModuleWalk):
         item = [u for u in x.users if u.target is operator.setitem and u.args[2] is node]
         if len(chain) == 1 and any(u.args[:2] == chain[0].args[:2] for u in item):
             return
+        if any(takes_rows(link) for link in chain):
+            self._refuse_write(node)
         written = self._own_memory(node, x, besides=chain)
         copies = {x: written}
         for link in reversed(chain):
@@ -231,7 +247,7 @@ def _used(graph: fx.Graph) -> set[fx.Node]:
 def _is_pure(node: fx.Node) -> bool:
     if node.op == "call_function":
         module = getattr(node.target, "__module__", None) or "torch"
-        return module.startswith(_PURE) and not is_write(node)
+        return module.startswith(_PURE) and not is_write(node) and node.kwargs.get("inplace") is not True
     return not is_write(node)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Compact, Tiled, permutation
+from repbnn_cli.graph import kernel_like
 from repbnn_cli.inherit import Kernel, Recipe, Tile
-from repbnn_cli.recognize import Layer
+from repbnn_cli.recognize import CONVOLUTIONS, Layer
 from repbnn_cli.rules import Rule
 from repbnn_cli.static import evaluate, roots
 from repbnn_cli.tracer import fetch
@@ -87,11 +89,25 @@ class OperandWalk(Walk):
             self._read_whole[path] = node
         return self._add(f"{new.name}_expand", rep_layers.ChannelSelect(torch.tensor(want.index), axis), new)
 
+    @cached_property
+    def _kernels(self) -> set[str]:
+        """The paths of what convolutions that mix channels hold their kernels in."""
+        found: set[str] = set()
+        for node in self.network.graph.nodes:
+            layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
+            if layer is not None and layer.role in CONVOLUTIONS and layer.role != "depthwise_conv":
+                held = roots(node.all_input_nodes[1]) if layer.called and len(node.all_input_nodes) > 1 else []
+                found |= {str(n.target) for n in held if kernel_like(n.meta["value"])}
+                found |= {f"{layer.path}.{layer.kernel}"} if layer.kernel else set()
+        return found
+
     def _tile_roots(self, operand: fx.Node, axis: int, want: Tiled) -> bool:
         """Whether tiling the parameters behind an operand tiles the operand; tried, and then planned."""
         module, size = self.network.module, operand.meta["value"].shape[axis]
         tiles: dict[str, Recipe] = {}
         for root in roots(operand):
+            if str(root.target) in self._kernels:  # a RepConv's, whose numbers of filters follow from it alone
+                return False
             axes = [a for a, n in enumerate(root.meta["value"].shape) if n == size]
             rule = self.rules.get(subject_of(root))
             if axes and rule is not None and rule.apply == "tile":

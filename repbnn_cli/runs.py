@@ -184,11 +184,12 @@ def check_free(folder: str | os.PathLike[str]) -> None:
         raise UsageError(f"{folder}: holds a run already; --resume continues it, or give another folder")
 
 
-def begun_by(folder: str | os.PathLike[str]) -> str:
-    """The command line that a run began with, as far as it is on record."""
+def begun_by(folder: str | os.PathLike[str]) -> str | None:
+    """The command line that a run began with, where it is on record and names a network."""
     command = json_object(Path(folder) / ENVIRONMENT).get("command")
     words = [str(word) for word in command[1:]] if isinstance(command, list) else []
-    return f"`repbnn {shlex.join(words)}`" if words[:1] == ["finetune"] else "a program"
+    named = words[:1] == ["finetune"] and len(words) > 1 and not words[1].startswith("-")
+    return f"`repbnn {shlex.join(words)}`" if named else None
 
 
 def states(path: Path) -> list[tuple[tuple[int, ...], Path]]:

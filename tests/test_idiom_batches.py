@@ -43,6 +43,7 @@ HALVES: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
     "slices": lambda x, n: (x[:n], x[n:]),
     "slices of all axes": lambda x, n: (x[:n, :, :], x[n:, :, :]),
     "narrow": lambda x, n: (x.narrow(0, 0, n), x.narrow(0, n, n)),
+    "negative axis": lambda x, n: torch.split(x, (n, n), -4),
     "strides": lambda x, n: (x[::2], x[1::2]),
     "put together again": lambda x, n: torch.cat((x[n:], x[:n])).chunk(2),
 }
@@ -82,6 +83,7 @@ ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "y K a": lambda y, k, a, b: y * k * a,
     "y (a K)": lambda y, k, a, b: y * (a * k),
     "y (K a)": lambda y, k, a, b: k * a * y,
+    "y (a K), a first": lambda y, k, a, b: (a * k) * y,
     "y K a + b": lambda y, k, a, b: y * k * a + b,
     "y a + b": lambda y, k, a, b: y * a + b,
 }
@@ -235,6 +237,32 @@ def test_a_write_that_others_in_the_same_memory_see_is_refused(improve: Callable
     message = refusal(type("Written", (Improved,), {"improve": lambda self, x, r: improve(x, r)}))
     assert "writes into an expanded tensor, or others in its memory" in message
     assert "torch.cat((x[:, :k], x[:, k:] + y), 1)" in message
+
+
+def by_row(x: Tensor, r: Tensor) -> Tensor:
+    x[0] = 0
+    return torch.cat((x[:, :4], x[:, 4:] + r), 1)
+
+
+def by_rows(x: Tensor, r: Tensor) -> Tensor:
+    x[: x.shape[0] // 2] += 1
+    return torch.cat((x[:, :4], x[:, 4:] + r), 1)
+
+
+@pytest.mark.parametrize("improve", [by_row, by_rows])
+def test_a_write_into_some_samples_is_refused(improve: Callable[[Tensor, Tensor], Tensor]) -> None:
+    message = refusal(type("Written", (Improved,), {"improve": lambda self, x, r: improve(x, r)}))
+    assert "writes into an expanded tensor" in message
+
+
+def dropped(x: Tensor, r: Tensor) -> Tensor:
+    F.relu(x[:, 4:], inplace=True)
+    return torch.cat((x[:, :4], x[:, 4:] + r), 1)
+
+
+def test_a_result_in_place_that_is_dropped_is_refused() -> None:
+    message = refusal(type("Dropped", (Improved,), {"improve": lambda self, x, r: dropped(x, r)}))
+    assert "relu works in place, and its result is dropped; go on with it" in message
 
 
 class Untrainable(Net):

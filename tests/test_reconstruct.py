@@ -512,3 +512,50 @@ def test_writes_into_the_stream_are_fitted_as_sums_are() -> None:
         assert all(map(torch.equal, given, kept))
     assert found[0] == found[1]
     assert [unit.path for unit in found[0]] == ["conv1", "conv2", "fc"]
+
+
+def test_a_network_that_writes_into_parts_is_left() -> None:
+    class Parts(Summed):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.hardtanh(self.bn(self.stem(x)))
+            y = self.bn1(self.conv1(x))
+            y.narrow(1, 4, 4).add_(x.narrow(1, 0, 4))
+            x = F.hardtanh(self.bn2(self.conv2(y)) + y)
+            return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    plan, rep = made(Parts(in_place=True))
+    before, left = copy.deepcopy(rep.state_dict()), []
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=5, on_left=lambda path, why: left.append((path, why)))
+    assert units == []
+    assert sorted(left) == [(path, "the network writes into parts of its tensors") for path in ("conv1", "conv2", "fc")]
+    assert all(torch.equal(rep.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+class Standard(nn.Module):
+    """A ResNet's block as torchvision writes it: `out += identity` and ReLUs in place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.bn1, self.relu = conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(in_place)
+        self.conv2, self.bn2, self.fc, self.in_place = conv(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 5), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.stem(x)))
+        for convolution, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
+            y = norm(convolution(x))
+            if self.in_place:
+                y += x
+            else:
+                y = y + x
+            x = self.relu(y)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_sums_in_place_leave_the_targets_of_norms_as_they_were() -> None:
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        plan, rep = made(Standard(in_place))
+        found.append(reconstruct.reconstruct(plan, rep, batches(), steps=10))
+    assert found[0] == found[1]

@@ -247,7 +247,7 @@ def test_bad_input(
         (["own.pth", "--model", "gone.py:make", "--data", "folder:nowhere"], 3, "nowhere: no such file or folder"),
         (["own.pth", "--data", "digits", "--recipe", "irnet-cifar10-resnet20", "--set", "epoch=1"], 2, "epoch"),
         (["own.pth", "--data", "digits", "--run-dir", "begun"], 2, "begun: holds a run already"),
-        (["begun", "--data", "digits"], 2, "`repbnn finetune own.pth --data 'cifar10:a b'` began; that with"),
+        (["begun", "--data", "digits"], 2, "`repbnn finetune own.pth --data 'cifar10:a b'` began; to continue"),
         (["--resume", "--run-dir", "begun"], 2, "that was `repbnn finetune own.pth --data 'cifar10:a b'`: give"),
     ],
 )  # fmt: skip

@@ -151,15 +151,15 @@ def check_asked(data: str | None, recipe: str | None, sets: Sequence[str], *, ow
 def check_run(target: str | None, run_dir: str | None, *, resume: bool) -> None:
     """A UsageError for a folder that does not fit: a run's in place of a network, one that is taken already."""
     if target is not None and runs.is_run(target):
+        which = f", which {began} began" if (began := runs.begun_by(target)) else ""
         raise UsageError(
-            f"{target}: is the folder of a run, which {runs.begun_by(target)} began; that with --resume continues it"
+            f"{target}: is the folder of a run{which}; to continue it give the command that it began with, and --resume"
         )
     if run_dir is not None and not resume:
         runs.check_free(run_dir)
-    if run_dir is not None and resume and target is None and runs.is_run(run_dir):
+    if run_dir is not None and resume and target is None and runs.is_run(run_dir) and (began := runs.begun_by(run_dir)):
         raise UsageError(
-            f"--resume: takes what the run began with; in {run_dir} that was {runs.begun_by(run_dir)}: give it again, "
-            "with --resume"
+            f"--resume: takes what the run began with; in {run_dir} that was {began}: give it again, with --resume"
         )
 
 

@@ -31,8 +31,10 @@ from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Folded, Tiled
 from repbnn_cli.errors import DivergedError, UsageError
+from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
+from repbnn_cli.proxies import is_write
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import kept_in_eval, modes_kept
 from repbnn_cli.tracer import execute, fetch
@@ -126,6 +128,8 @@ class _Fitting:
         self.done: list[Fitted] = []
         self.values: dict[fx.Node, Chunks] = {}
         self.targets: dict[fx.Node, Chunks] = {}
+        self.unwritten: dict[fx.Node, Chunks] = {}  # of the source's values that it writes to later, copies
+        self.overwritten = _overwritten(self.source)
         self.unused = last_uses(rep.graph)
         self.computed: set[fx.Node] = set()
         self.settled: set[str] = set()
@@ -133,6 +137,8 @@ class _Fitting:
             self.values[own] = self.targets[theirs] = list(batches)
 
     def run(self) -> None:
+        if not self.units.waiting:
+            return
         for node in self.rep.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
@@ -193,6 +199,7 @@ class _Fitting:
             self.values.pop(node, None)
         for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
             del self.targets[node]
+            self.unwritten.pop(node, None)
         self.done.append(Fitted(unit.path, before, after))
         if self.on_unit is not None:
             self.on_unit(self.done[-1])
@@ -204,6 +211,7 @@ class _Fitting:
         first: so many batches only.
         """
         found: list[Tensor] = self._target(unit.twin)[:first]
+        found = self.unwritten.get(unit.twin, found)[:first]
         if isinstance(unit.state, Folded):
             return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
         if not isinstance(unit.state, Tiled):
@@ -344,6 +352,8 @@ class _Fitting:
                 found.append(execute(self.source.module, node, args, kwargs))
             self.targets[node] = found
             self.computed.add(node)
+            if node in self.overwritten:
+                self.unwritten[node] = [value.clone() for value in found]
         return self.targets[node]
 
     @staticmethod
@@ -363,6 +373,16 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _overwritten(network: Network) -> set[fx.Node]:
+    """The nodes into whose values others write: `x += y`, nn.ReLU(inplace=True)."""
+    found = set()
+    for node in network.graph.nodes:
+        module = fetch(network.module, str(node.target)) if node.op == "call_module" else None
+        if is_write(node) or node.kwargs.get("inplace") is True or getattr(module, "inplace", False) is True:
+            found |= {n for n in node.args[:1] if isinstance(n, fx.Node) and isinstance(n.meta["value"], Tensor)}
+    return found
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain
+from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain, shares_memory
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
-from repbnn_cli.proxies import is_write
+from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
@@ -77,6 +78,10 @@ class Units:
         }
         for path in made - {str(n.target) for n in self.waiting}:
             on_left(path, "called several times" if self._uses[path] else "called in training alone")
+        if any(_writes_aside(graph, static_nodes(graph)) for graph in (rep.graph, self.source.graph)):
+            for conv in self.waiting:
+                on_left(str(conv.target), "the network writes into parts of its tensors")
+            self.waiting = set()
 
     def of(self, conv: fx.Node) -> Unit | None:
         """The convolution and what follows it up to the last value whose target is known; None where there is none."""
@@ -171,6 +176,22 @@ class Units:
         return once and all(
             user in unit.nodes or (user in self._static and self._owns(unit, user)) for user in node.users
         )
+
+
+def _writes_aside(graph: fx.Graph, static: Set[fx.Node]) -> bool:
+    """Whether a write changes what is used later without coming from it in the graph: `x[:, 4:] += y`, then x."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for write in graph.nodes:
+        if not is_write(write) or write in static or write.target is set_data:
+            continue
+        if write.target is operator.setitem:
+            return True
+        at: Any = write.args[0]
+        while isinstance(at, fx.Node):
+            if any(order[user] > order[write] for user in at.users):
+                return True
+            at = at.args[0] if shares_memory(at) else None
+    return False
 
 
 def _ancestors(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
