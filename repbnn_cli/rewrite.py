@@ -47,11 +47,8 @@ class Rewriter(ModuleWalk):
         used = _used(self.network.graph)
         for node in self.network.graph.nodes:
             if node in used:
+                self._refuse_unseen_write(node)
                 self._visit(node)
-                if node.kwargs.get("inplace") is True and not node.users and self._expanded(node):
-                    self._refuse(
-                        node, f"{operator_name(node)} works in place, and its result is dropped", "go on with it"
-                    )
         for path, node in self._read_whole.items():
             if path in self.edits or any(path.startswith(f"{e}.") for e in self.edits):
                 self._refuse(node, f"{path} is used both by channel and in another way", "use two parameters")
@@ -92,6 +89,13 @@ class Rewriter(ModuleWalk):
             self._call(node)
             if is_write(node):
                 self._write_back(node)
+
+    def _refuse_unseen_write(self, node: fx.Node) -> None:
+        """`F.relu(x[:, 4:], inplace=True)` whose result is dropped, `torch.neg(x, out=y)`: no edge leads on."""
+        dropped = node.kwargs.get("inplace") is True and not node.users
+        if (dropped or node.kwargs.get("out") is not None) and self._expanded(node):
+            what = "works in place, and its result is dropped" if dropped else "writes into what `out` names"
+            self._refuse(node, f"{operator_name(node)} {what}", "go on with its result")
 
     def _effect(self, node: fx.Node) -> None:
         expanded = self._expanded(node)
@@ -247,7 +251,8 @@ def _used(graph: fx.Graph) -> set[fx.Node]:
 def _is_pure(node: fx.Node) -> bool:
     if node.op == "call_function":
         module = getattr(node.target, "__module__", None) or "torch"
-        return module.startswith(_PURE) and not is_write(node) and node.kwargs.get("inplace") is not True
+        aside = node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+        return module.startswith(_PURE) and not is_write(node) and not aside
     return not is_write(node)
 
 

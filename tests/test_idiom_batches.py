@@ -260,9 +260,22 @@ def dropped(x: Tensor, r: Tensor) -> Tensor:
     return torch.cat((x[:, :4], x[:, 4:] + r), 1)
 
 
-def test_a_result_in_place_that_is_dropped_is_refused() -> None:
-    message = refusal(type("Dropped", (Improved,), {"improve": lambda self, x, r: dropped(x, r)}))
-    assert "relu works in place, and its result is dropped; go on with it" in message
+def out_of(x: Tensor, r: Tensor) -> Tensor:
+    y = x.clone()
+    torch.neg(x, out=y)
+    return torch.cat((y[:, :4], y[:, 4:] + r), 1)
+
+
+@pytest.mark.parametrize(
+    ("improve", "message"),
+    [
+        (dropped, "relu works in place, and its result is dropped; go on with its result"),
+        (out_of, "neg writes into what `out` names; go on with its result"),
+    ],
+)
+def test_a_write_that_no_edge_shows_is_refused(improve: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    kind = type("Aside", (Improved,), {"improve": lambda self, x, r: improve(x, r)})
+    assert message in refusal(kind)
 
 
 class Untrainable(Net):
