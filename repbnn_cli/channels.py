@@ -15,6 +15,7 @@ Operators that are in none of the tables below are tested (`trials`); what fails
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,6 +272,13 @@ def _dims(node: fx.Node, ndim: int) -> set[int] | None:
 def shares_memory(node: fx.Node, names: frozenset[str] = PARTS | _ITSELF) -> bool:
     """Whether a node gives its first operand, or a part of it: by an operator of these, or by writing to it."""
     return node.op in ("call_function", "call_method") and (operator_name(node) in names or is_write(node))
+
+
+def memory_of(value: Any) -> Iterator[fx.Node]:
+    """A node, then what it is a part of: of `x[:, 4:]` itself and x."""
+    while isinstance(value, fx.Node):
+        yield value
+        value = value.args[0] if shares_memory(value) else None
 
 
 def takes_rows(node: fx.Node) -> bool:

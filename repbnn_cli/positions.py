@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from repbnn_cli.channels import operator_name, shares_memory
+from repbnn_cli.channels import memory_of, operator_name
 from repbnn_cli.graph import Network, kernel_like
 from repbnn_cli.proxies import is_write
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
@@ -73,10 +73,8 @@ def positions(network: Network, layers: Mapping[str, Layer], others: Set[fx.Node
         if own:
             after[str(node.target)] |= above
         before[node] = above | own
-        written: Any = node.args[0] if is_write(node) else None
-        while isinstance(written, fx.Node):  # and what that is a part of
+        for written in memory_of(node.args[0]) if is_write(node) else ():
             before[written] |= before[node]
-            written = written.args[0] if shares_memory(written) else None
         if node.op in ("call_function", "call_method") and operator_name(node) in _JOINS:
             bypass |= _smaller_branch([before[s] for s in sources], binary)
     with_successor = 0

@@ -21,6 +21,7 @@ from repbnn_cli.channels import (
     Folded,
     Tiled,
     makes_container,
+    memory_of,
     operator_name,
     plain,
     shares_memory,
@@ -156,13 +157,10 @@ class Rewriter(ModuleWalk):
     def _own_memory(self, node: fx.Node, x: fx.Node, besides: Sequence[fx.Node] = ()) -> fx.Node:
         """A copy of x with its replicas as samples; refused where others that are used later share memory with x."""
         before = (u for u in x.users if u not in besides and self._order[u] < self._order[node])
-        others = [u for u in before if shares_memory(u)]
-        above: Any = x
-        while isinstance(above, fx.Node) and shares_memory(above):
-            above = above.args[0]
-            others.append(above)
+        _, *above = memory_of(x)
+        others = [*(u for u in before if shares_memory(u)), *above]
         state = self._made[x].state
-        if any(self._later(other, node) for other in others if isinstance(other, fx.Node)) or (
+        if any(self._later(other, node) for other in others) or (
             isinstance(state, Folded) and not unfoldable(x, self.network)
         ):
             self._refuse_write(node)

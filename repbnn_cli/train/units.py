@@ -9,7 +9,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain, shares_memory
+from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, memory_of, operator_name, plain
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
 from repbnn_cli.proxies import is_write, set_data
@@ -78,7 +77,7 @@ class Units:
         }
         for path in made - {str(n.target) for n in self.waiting}:
             on_left(path, "called several times" if self._uses[path] else "called in training alone")
-        if any(_writes_aside(graph, static_nodes(graph)) for graph in (rep.graph, self.source.graph)):
+        if _writes_aside(rep.graph, self._static) or _writes_aside(self.source.graph, static_nodes(self.source.graph)):
             for conv in self.waiting:
                 on_left(str(conv.target), "the network writes into parts of its tensors")
             self.waiting = set()
@@ -186,11 +185,8 @@ def _writes_aside(graph: fx.Graph, static: Set[fx.Node]) -> bool:
             continue
         if write.target is operator.setitem:
             return True
-        at: Any = write.args[0]
-        while isinstance(at, fx.Node):
-            if any(order[user] > order[write] for user in at.users):
-                return True
-            at = at.args[0] if shares_memory(at) else None
+        if any(order[user] > order[write] for at in memory_of(write.args[0]) for user in at.users):
+            return True
     return False
 
 
