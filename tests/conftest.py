@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -19,3 +20,7 @@ if not torch.cuda.is_available():
         import triton.language  # noqa: F401
 
 torch.set_num_threads(1)  # tests run side by side, and results must not depend on how a sum is split
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # a network that a test builds is the same whichever tests ran before

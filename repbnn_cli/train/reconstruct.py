@@ -31,13 +31,11 @@ from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Folded, Tiled
 from repbnn_cli.errors import DivergedError, UsageError
-from repbnn_cli.graph import Network
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
-from repbnn_cli.proxies import is_write
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import kept_in_eval, modes_kept
-from repbnn_cli.tracer import execute, fetch
+from repbnn_cli.tracer import fetch
 from repbnn_cli.train.measure import estimating, norms_of
 from repbnn_cli.train.units import Unit, Units
 
@@ -122,24 +120,22 @@ class _Fitting:
         self.plan, self.rep, self.source = plan, rep, plan.network
         self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
         self.on_left = on_left or (lambda path, why: None)
-        self.units = Units(plan, rep, self.on_left)
+        self.units = Units(plan, rep, batches[0][:2], self.on_left)
         self.kept = set(kept_in_eval(rep).values())
         self.chunks = len(batches)
         self.done: list[Fitted] = []
         self.values: dict[fx.Node, Chunks] = {}
         self.targets: dict[fx.Node, Chunks] = {}
-        self.unwritten: dict[fx.Node, Chunks] = {}  # of the source's values that it writes to later, copies
-        self.overwritten = _overwritten(self.source)
-        self.unused = last_uses(rep.graph)
+        self.unused = last_uses(self.units.edges.graph)
         self.computed: set[fx.Node] = set()
         self.settled: set[str] = set()
-        for own, theirs in zip(_inputs(rep.graph), _inputs(self.source.graph), strict=True):
+        for own, theirs in zip(*(_inputs(e.graph) for e in (self.units.edges, self.units.source_edges)), strict=True):
             self.values[own] = self.targets[theirs] = list(batches)
 
     def run(self) -> None:
         if not self.units.waiting:
             return
-        for node in self.rep.graph.nodes:
+        for node in self.units.edges.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if node in self.units.waiting:
@@ -199,7 +195,6 @@ class _Fitting:
             self.values.pop(node, None)
         for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
             del self.targets[node]
-            self.unwritten.pop(node, None)
         self.done.append(Fitted(unit.path, before, after))
         if self.on_unit is not None:
             self.on_unit(self.done[-1])
@@ -211,7 +206,6 @@ class _Fitting:
         first: so many batches only.
         """
         found: list[Tensor] = self._target(unit.twin)[:first]
-        found = self.unwritten.get(unit.twin, found)[:first]
         if isinstance(unit.state, Folded):
             return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
         if not isinstance(unit.state, Tiled):
@@ -267,7 +261,7 @@ class _Fitting:
             return fetch(self.rep, str(node.target)) if node.op == "get_attr" else self.values[node][chunk]
 
         for node in (*unit.computing, *unit.nodes):
-            local[node] = self._executed(node, value)
+            local[node] = self.units.edges.run(self.rep, node, value)
         result: Tensor = local[unit.nodes[-1]]
         return rep_layers.unfold(result, self.plan.beta) if unit.unfolds else result
 
@@ -317,15 +311,7 @@ class _Fitting:
 
     @torch.no_grad()
     def _run(self, node: fx.Node, chunk: int) -> Any:
-        return self._executed(node, self._of_batch(self.values, chunk))
-
-    def _executed(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-        """A node of the Rep network, without writing into what it takes: units are run often, and ahead of others."""
-        given: Any = fx.map_arg((node.args, node.kwargs), value)
-        args, kwargs = given
-        if self.units.writes(node):
-            args = (args[0].clone(), *args[1:])
-        return execute(self.rep, node, args, kwargs)
+        return self.units.edges.run(self.rep, node, self._of_batch(self.values, chunk))
 
     def _settle(self, node: fx.Node) -> None:
         """Estimates the statistics of a BatchNorm outside of any unit when its input is there."""
@@ -345,15 +331,9 @@ class _Fitting:
         if node not in self.targets:
             for used in node.all_input_nodes:
                 self._target(used)
-            found = []
-            for chunk in range(self.chunks):
-                arguments = self._of_batch(self.targets, chunk)
-                args, kwargs = fx.map_arg((node.args, node.kwargs), arguments)
-                found.append(execute(self.source.module, node, args, kwargs))
-            self.targets[node] = found
+            arguments = (self._of_batch(self.targets, chunk) for chunk in range(self.chunks))
+            self.targets[node] = [self.units.source_edges.run(self.source.module, node, given) for given in arguments]
             self.computed.add(node)
-            if node in self.overwritten:
-                self.unwritten[node] = [value.clone() for value in found]
         return self.targets[node]
 
     @staticmethod
@@ -373,16 +353,6 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
-
-
-def _overwritten(network: Network) -> set[fx.Node]:
-    """The nodes into whose values others write: `x += y`, nn.ReLU(inplace=True)."""
-    found = set()
-    for node in network.graph.nodes:
-        module = fetch(network.module, str(node.target)) if node.op == "call_module" else None
-        if is_write(node) or node.kwargs.get("inplace") is True or getattr(module, "inplace", False) is True:
-            found |= {n for n in node.args[:1] if isinstance(n, fx.Node) and isinstance(n.meta["value"], Tensor)}
-    return found
 
 
 @contextmanager

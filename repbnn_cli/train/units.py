@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, memory_of, operator_name, plain
+from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
-from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.rewrite_operators import unfoldable
 from repbnn_cli.static import static_nodes
 from repbnn_cli.tracer import fetch
-from repbnn_cli.walk import GIVE_NOTHING
+from repbnn_cli.train.writes import Edges, WriteError, as_edges
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.
 # Modules that the plan calls per channel do, too.
@@ -58,28 +57,38 @@ class Unit:
 
 
 class Units:
-    """The units of a Rep network. waiting: convolutions that are still to be fitted.
+    """The units of a Rep network. edges, source_edges: its graph and the source's, in which nothing is overwritten;
+    waiting: convolutions that are still to be fitted.
 
-    on_left hears of those that are called more than once, or not by this graph.
+    images: (N, C, H, W), a few; on_left hears of convolutions that are called more than once, or not by
+    this graph, and of all, where a write cannot be followed.
     """
 
-    def __init__(self, plan: Plan, rep: fx.GraphModule, on_left: Callable[[str, str], None]) -> None:
+    def __init__(self, plan: Plan, rep: fx.GraphModule, images: Tensor, on_left: Callable[[str, str], None]) -> None:
         self.plan, self.rep, self.source = plan, rep, plan.network
-        by_name = {node.name: node for node in self.source.graph.nodes}
+        why = ""
+        try:
+            self.edges = as_edges(rep, rep.graph, images)
+            self.source_edges = as_edges(self.source.module, self.source.graph, images)
+        except WriteError as error:
+            self.edges, self.source_edges = Edges(rep.graph), Edges(self.source.graph)
+            why = str(error)
+        graph = self.edges.graph
+        by_name = {node.name: node for node in self.source_edges.graph.nodes}
         self._twins = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
-        self._uses = Counter(str(n.target) for n in rep.graph.nodes if n.op in ("call_module", "get_attr"))
+        self._uses = Counter(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr"))
         self._names = Counter(id(p) for _, p in rep.named_parameters(remove_duplicate=False))
-        self._static = static_nodes(rep.graph)
-        self._behind = _ancestors(rep.graph)
+        self._static = static_nodes(graph)
+        self._behind = _ancestors(graph)
         made = {e.path for e in plan.edits if e.action in ("rep_conv", "select_inputs")}
         self.waiting = {
-            n for n in rep.graph.nodes if n.op == "call_module" and n.target in made and self._uses[n.target] == 1
+            n for n in graph.nodes if n.op == "call_module" and n.target in made and self._uses[n.target] == 1
         }
         for path in made - {str(n.target) for n in self.waiting}:
             on_left(path, "called several times" if self._uses[path] else "called in training alone")
-        if _writes_aside(rep.graph, self._static) or _writes_aside(self.source.graph, static_nodes(self.source.graph)):
+        if why:
             for conv in self.waiting:
-                on_left(str(conv.target), "the network writes into parts of its tensors")
+                on_left(str(conv.target), why)
             self.waiting = set()
 
     def of(self, conv: fx.Node) -> Unit | None:
@@ -120,10 +129,6 @@ class Units:
         for node in unit.nodes[0].all_input_nodes[1:2]:  # of a call
             held += [fetch(self.rep, str(n.target)) for n in self._behind[node] | {node} if n.op == "get_attr"]
         return [tensor for tensor in held if isinstance(tensor, Tensor) and kernel_like(tensor)]
-
-    def writes(self, node: fx.Node) -> bool:
-        """Whether a node writes into its first operand, which nothing behind it takes any more: `x += y`."""
-        return is_write(node) and node.target not in GIVE_NOTHING and node not in self._static
 
     def known(self, node: fx.Node) -> bool:
         """Whether the source has a value for what a node gives."""
@@ -167,7 +172,7 @@ class Units:
             inputs = {n for n in inputs if self._static.issuperset(n.all_input_nodes)}  # not x.dtype
             found |= inputs
             todo += inputs
-        return [n for n in self.rep.graph.nodes if n in found]
+        return [n for n in self.edges.graph.nodes if n in found]
 
     def _owns(self, unit: Unit, node: fx.Node) -> bool:
         """Whether nothing outside of the unit takes a parameter, or what is computed from it."""
@@ -175,19 +180,6 @@ class Units:
         return once and all(
             user in unit.nodes or (user in self._static and self._owns(unit, user)) for user in node.users
         )
-
-
-def _writes_aside(graph: fx.Graph, static: Set[fx.Node]) -> bool:
-    """Whether a write changes what is used later without coming from it in the graph: `x[:, 4:] += y`, then x."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for write in graph.nodes:
-        if not is_write(write) or write in static or write.target is set_data:
-            continue
-        if write.target is operator.setitem:
-            return True
-        if any(order[user] > order[write] for at in memory_of(write.args[0]) for user in at.users):
-            return True
-    return False
 
 
 def _ancestors(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:

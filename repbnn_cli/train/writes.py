@@ -1,0 +1,233 @@
+"""Makes writes edges of a graph: what is written goes on as a value of its own, and no other value changes.
+
+`x[:, 4:] += y` and `self.relu(x)` change x without an edge to who takes x next. Here a node that writes is marked, to
+be run on a copy of what it writes into, and whoever took x, or a part of it, afterwards takes the written value. Then
+any part of the graph can be run ahead of the rest, and again. Which nodes write, and what lies in the same memory, is
+found by running the graph, so that it does not matter how a network spells it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repbnn_cli.graph import copied_graph
+from repbnn_cli.lockstep import tensors_of
+from repbnn_cli.proxies import set_data
+from repbnn_cli.restoring import unchanged
+from repbnn_cli.tracer import execute
+
+
+class WriteError(Exception):
+    """A write whose result cannot be followed; the message says what writes."""
+
+
+class Put:
+    """(x, value, operands of the steps...) → a copy of x, value written into the part that the steps lead to."""
+
+    def __init__(self, root: nn.Module, steps: Sequence[_Step], item: Any) -> None:
+        """steps: from x to the part; item: what is set of it, `...` for all."""
+        self._root = root
+        self.__name__ = self.__qualname__ = "put"
+        self._operands: dict[fx.Node, int] = {}
+        self._steps = [(s.node, *self._with_slots((s.args, s.kwargs), s.parent)) for s in steps]
+        self._item = self._with_slots(item, None)
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        return tuple(self._operands)
+
+    def _with_slots(self, given: Any, here: fx.Node | None) -> Any:
+        def slot(n: fx.Node) -> Any:
+            return _HERE if n is here else _Slot(self._operands.setdefault(n, len(self._operands)))
+
+        return fx.map_arg(given, slot)
+
+    def __call__(self, x: Tensor, value: Any, *operands: Any) -> Tensor:
+        x = at = x.clone()
+        for node, args, kwargs in self._steps:
+            args, kwargs = _filled((args, kwargs), at, operands)
+            at = execute(self._root, node, args, kwargs)
+        at[_filled(self._item, at, operands)] = value
+        return x
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Put:
+        return self
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node whose value lies in the memory of an operand, its parent; args, kwargs: as the network has them."""
+
+    node: fx.Node
+    parent: fx.Node
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True)
+class _Slot:
+    number: int
+
+
+_HERE = _Slot(-1)
+
+
+def _filled(given: Any, here: Any, operands: Sequence[Any]) -> Any:
+    if isinstance(given, _Slot):
+        return here if given is _HERE else operands[given.number]
+    if isinstance(given, slice):
+        return slice(*(_filled(v, here, operands) for v in (given.start, given.stop, given.step)))
+    if isinstance(given, dict):
+        return {name: _filled(value, here, operands) for name, value in given.items()}
+    if isinstance(given, tuple | list):
+        return type(given)(_filled(value, here, operands) for value in given)
+    return given
+
+
+@dataclass
+class Edges:
+    """graph: a copy in which writes are edges; written: node that writes → what it writes into, an operand of it."""
+
+    graph: fx.Graph
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def run(self, root: nn.Module, node: fx.Node, values: Any) -> Any:
+        """What a node gives; values: node → its value, none of which changes."""
+        into = self.written.get(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values(n).clone() if n is into else values(n))
+        return execute(root, node, args, kwargs)
+
+
+def as_edges(root: nn.Module, graph: fx.Graph, images: Tensor) -> Edges:
+    """The graph over `root` with its writes into activations as edges; images: a small batch, for each of its inputs.
+
+    Writes into parameters and buffers stay what they are. Raises WriteError for one whose result nothing shows.
+    """
+    following = _Following(root, copied_graph(graph))
+    with unchanged(root), torch.no_grad():
+        following.run(images)
+    return following.edges
+
+
+class _Following:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root, self.graph, self.edges = root, graph, Edges(graph)
+        self.values: dict[fx.Node, Any] = {}  # all of them, so that no memory is used twice
+        self.parts: dict[fx.Node, _Step] = {}
+        self.now: dict[fx.Node, fx.Node | None] = {}  # what a node's value has become; None: what its parent's says
+        self.kept: set[int] = set()  # memory of parameters and buffers
+        self.outs = {n: out for n in graph.nodes if isinstance(out := n.kwargs.get("out"), fx.Node)}
+
+    def run(self, images: Tensor) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder":
+                self.values[node] = images.clone()
+                continue
+            if node.op == "output":
+                self._redirect(node)
+                continue
+            operands, args, kwargs = list(node.all_input_nodes), node.args, node.kwargs
+            changed = self._execute(node, operands)
+            into = self.outs.get(node, operands[0]) if changed else None
+            shared = [n for n in operands if _memory(self.values[node]) & _memory(self.values[n])]
+            if shared:
+                self.parts[node] = _Step(node, into or shared[0], args, kwargs)
+            self._redirect(node)
+            if into is not None:
+                self._write(node, into, changed)
+        for node in reversed(self.graph.nodes):
+            if isinstance(node.target, Put) and not node.users:
+                self.graph.erase_node(node)
+
+    def _execute(self, node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
+        """Computes a node's value; the activations among its operands that changed by that."""
+        before = {n: [t._version for t in tensors_of(self.values[n])] for n in operands}
+        held = [n for n in operands if self.kept & _memory(self.values[n])]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        self.values[node] = execute(self.root, node, args, kwargs)
+        if node.op == "get_attr":
+            self.kept |= _memory(self.values[node])
+        for n in held:  # `parameter.data = x` gives it other memory
+            self.kept |= _memory(self.values[n])
+        changed = [n for n in operands if before[n] != [t._version for t in tensors_of(self.values[n])]]
+        return [n for n in (operands[:1] if node.target is set_data else changed) if n not in held]
+
+    # -- one write ----------------------------------------------------------------------------------------------------
+    def _write(self, node: fx.Node, into: fx.Node, changed: list[fx.Node]) -> None:
+        x, result = self.values[into], self.values[node]
+        if into not in changed or not isinstance(x, Tensor):
+            raise WriteError(f"{node.name} writes into what it takes")
+        if node.target is operator.setitem:
+            self._becomes(node, into, node.args[2], node.args[1])
+            self.graph.erase_node(node)
+            return
+        if not isinstance(result, Tensor) or not _same_place(x, result):
+            raise WriteError(f"{node.name} writes into what it takes, and gives something else")
+        self.edges.written[node] = self.now.get(into) or into
+        if node.target is set_data:  # the tensor has other memory now, and shares none with its parts
+            self.now.update({n: node for n, value in self.values.items() if value is x and n is not node})
+        else:
+            self._becomes(node, into, node, ...)
+
+    def _becomes(self, node: fx.Node, into: fx.Node, value: Any, item: Any) -> None:
+        """From here on `into` has this value at this item of it, and so has all that lies in the same memory."""
+        memory = _memory(self.values[into])
+        base = into
+        steps: list[_Step] = []
+        while base in self.parts:
+            if base not in self.edges.written:  # which is its operand itself
+                steps.insert(0, self.parts[base])
+            base = self.parts[base].parent
+        self.now.update({n: None for n, v in self.values.items() if n not in (base, node) and memory & _memory(v)})
+        if item is ...:
+            self.now[into] = value
+            if base is into:
+                return
+        put = Put(self.root, steps, item)
+        with self.graph.inserting_before(node):
+            operands = [self._value(n, node) for n in put.operands]
+            start = self._value(base, node)
+        with self.graph.inserting_after(node):
+            self.now[base] = self.graph.call_function(put, (start, value, *operands))
+
+    # -- values by now ------------------------------------------------------------------------------------------------
+    def _redirect(self, node: fx.Node) -> None:
+        for used in node.all_input_nodes:
+            by_now = self._value(used, node)
+            if by_now is not used:
+                node.replace_input_with(used, by_now)
+
+    def _value(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        """The node that gives the value which `node` has by now; parts are taken anew."""
+        found = self.now.get(node, node)
+        if found is None:
+            step = self.parts.get(node)
+            if step is None:
+                raise WriteError(f"{node.name} is a part of something that is written to")
+            found = self._value(step.parent, before)
+            if node not in self.edges.written:
+                found = self._again(step, found, before)
+            self.now[node] = found
+        return found
+
+    def _again(self, step: _Step, parent: fx.Node, before: fx.Node) -> fx.Node:
+        def operand(n: fx.Node) -> fx.Node:
+            return parent if n is step.parent else self._value(n, before)
+
+        args, kwargs = fx.map_arg((step.args, step.kwargs), operand)
+        with self.graph.inserting_before(before):
+            return self.graph.create_node(step.node.op, step.node.target, args, kwargs)
+
+
+def _memory(value: Any) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors_of(value)} - {0}
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
