@@ -197,6 +197,6 @@ def _budgets(rows: Sequence[Row]) -> Iterator[str]:
     for network, epochs in unequal.items():
         yield f"{network}: budgets differ between its runs: {', '.join(map(str, sorted(epochs)))} epochs"
     if len(found) == 1:
-        yield f"every run has {found.pop()} epochs"
+        yield f"epochs of every run: {found.pop()}"
     elif found and not unequal:
         yield "all runs of a network have the same number of epochs, so both sides of every comparison do"

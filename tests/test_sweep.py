@@ -259,7 +259,7 @@ def test_budgets_are_compared_within_a_network(two: Path) -> None:
     def notes() -> list[str]:
         return [note for note in sweeps.read(two).notes if "epochs" in note]
 
-    assert notes() == ["every run has 3 epochs"]
+    assert notes() == ["epochs of every run: 3"]
     for folder in two.glob("recu_*"):
         file = folder / "environment.json"
         file.write_text(file.read_text().replace('"epochs": 3', '"epochs": 600'))
@@ -287,7 +287,7 @@ def test_the_terminals_table_has_80_columns_and_no_broken_figure(two: Path, caps
         ["raw", "2/2", "80.75 ± 1.06", "80.75 ± 1.06", "–", "87.50", "–"],
         ["beta-4", "2/2", "82.50 ± 0.71", "82.50 ± 0.71", "+1.75 ± 1.77", "89.59", "+2.09"],
     ]
-    assert "every run has 3 epochs" in said
+    assert "epochs of every run: 3" in said
 
 
 def sweep_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
