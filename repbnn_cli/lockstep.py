@@ -74,6 +74,7 @@ class Lockstep:
         self.unseen: list[str] = []
         self.positions: dict[str, tuple[int, int]] = {}
         self.weights: dict[str, int] = {}
+        self.convolutions: dict[str, int] = {}  # of a layer's forward, where the source's has several
         self._kernels: dict[str, list[Tensor]] = {}
         self._terms: dict[str, float] = {}
         self._source: dict[fx.Node, Any] = {}
@@ -164,6 +165,8 @@ class Lockstep:
         if path in self._merging:
             self._kernels.clear()  # one layer's at a time: they are as large as the network
             self.weights[path] = sum(c.kernel.numel() for c in seen.calls[:1])
+            if self.plan.layers[path].convolutions > 1:
+                self.convolutions[path] = len(seen.calls)
             self._kernels[path] = [self._summed(self.edits[path], c.kernel) for c in seen.calls]
             self._terms[path] = max((_sum_of_terms(c) for c in seen.calls), default=0.0)
         return value

@@ -73,10 +73,10 @@ def positions(network: Network, layers: Mapping[str, Layer], others: Set[fx.Node
         if own:
             after[str(node.target)] |= above
         before[node] = above | own
-        for written in memory_of(node.args[0]) if is_write(node) else ():
-            before[written] |= before[node]
         if node.op in ("call_function", "call_method") and operator_name(node) in _JOINS:
             bypass |= _smaller_branch([before[s] for s in sources], binary)
+        for written in memory_of(node.args[0]) if is_write(node) else ():
+            before[written] |= before[node]
     with_successor = 0
     for above in (*after.values(), *(before[node] for node in others)):
         with_successor |= above

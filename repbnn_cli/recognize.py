@@ -232,7 +232,7 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
         return Layer(path, "unknown", f"{name} {why}; {remedy}")
 
     if any(c.kernel_shape != first.kernel_shape or c.groups != first.groups for c in convs):
-        return unknown("runs convolutions of different shapes", "trace into it (rule file: `leaf: false`)")
+        return unknown("runs convolutions of different shapes", _remedy(module))
     shape = first.kernel_shape
     stored = turned(shape) if first.transposed else shape
     size = torch.Size(shape).numel()
@@ -259,7 +259,7 @@ def _probed(node: fx.Node, module: nn.Module, convs: list[ConvFacts], tensors: d
         bad = undecided[0]
         return unknown(
             f"has the tensor {bad} {tuple(tensors[bad].shape)}, whose channel axis cannot be told",
-            "declare it (`per_channel:`) in a rule file",
+            _remedy(module, "declare it (`per_channel:`)"),
         )
     weight_bits = min(c.weight_bits for c in convs)
     activation_bits = max(c.activation_bits for c in convs)
@@ -339,14 +339,14 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
     if not found or x is None:
         wrong = of_other_size(1)
         why = f"tensor {wrong[0]} {tuple(tensors[wrong[0]].shape)}" if wrong else "an output with other channels"
-        return Layer(path, "unknown", f"{name} has {why}; declare what it is (`modules:`) in a rule file")
+        return Layer(path, "unknown", f"{name} has {why}; {_remedy(module)}")
     like, along = next(iter(tensors.values())), {n: a[0] for n, a in axes.items()}
     axis = found[-1] if len(found) == 1 or comes_last(node, module, along) else 1
     channels = x.shape[axis]
     if not isinstance(module, nn.GroupNorm) and mixes_channels(node, module, like, axis):
         if not module_acts_per_sample(node, module, like):
             why = "mixes channels, and samples, in a way that is not known"
-            return Layer(path, "unknown", f"{name} {why}; declare what it is (`modules:`) in a rule file")
+            return Layer(path, "unknown", f"{name} {why}; {_remedy(module)}")
         return Layer(
             path, "per_channel", f"{name} mixes {channels} channels of each sample by itself", per_replica=True
         )
@@ -357,6 +357,13 @@ def _per_channel(node: fx.Node, module: nn.Module, tensors: dict[str, Tensor]) -
         in_tensors=along,
         last_axis=axis != 1,
     )
+
+
+def _remedy(module: nn.Module, declare: str = "declare what it is (`modules:`)") -> str:
+    if type(module).__module__.startswith("torch."):
+        return f"{declare} in a rule file"
+    kind = type(module).__name__
+    return f"trace into it (rule file: `modules: [{{match: {{type: {kind}}}, leaf: false}}]`), or {declare}"
 
 
 def _declared(node: fx.Node, module: nn.Module, rule: ModuleRule) -> Layer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -164,6 +165,7 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
             for p, _ in was:
                 p.grad = None
             seeds.seed(0)
+            loss: Any = None
             try:
                 outputs = tensors_of(network(*_copies(inputs)))
                 loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum()
@@ -173,9 +175,12 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
             except RuntimeError as error:  # somebody else's code: autograd takes less than a plain run
                 if network is captured:
                     raise
+                forward = not isinstance(loss, Tensor)
+                where = f"{place_of(error)}: " if forward else ""  # in the backward no line of theirs runs
                 raise CaptureError(
-                    f"{place_of(error)}: the network itself cannot be trained here (torch {torch.__version__}): "
-                    f"{' '.join(str(error).split())[:300]}; mend its forward, or leave training out (--verify quick)"
+                    f"{where}the network itself cannot be trained here (torch {torch.__version__}): "
+                    f"{textwrap.shorten(str(error), 300, placeholder=' ...')}; mend its forward, or leave training out "
+                    "(--verify quick)"
                 ) from error
             results.append((outputs, {n: p.grad for n, p in model.named_parameters()}))
             for p, grad in was:
@@ -221,8 +226,8 @@ def _costs(plan: Plan, rep: nn.Module, runs: list[Lockstep]) -> Check:
         sites = run.positions.get(edit.path, (0, 0))
         weights[0] += before
         weights[1] += after
-        macs[0] += before * sites[0]
-        macs[1] += after * sites[1]
+        macs[0] += before * sites[0] * layer.convolutions
+        macs[1] += after * sites[1] * run.convolutions.get(edit.path, 1)
     passed = weights[0] == weights[1] and macs[0] == macs[1]
     text = f"weights {weights[0]:,} → {weights[1]:,}; MACs {macs[0]:,} → {macs[1]:,}"
     if grown:

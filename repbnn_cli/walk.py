@@ -23,6 +23,7 @@ from repbnn_cli.plan import ModuleEdit, Step
 from repbnn_cli.positions import holds_tensor
 from repbnn_cli.proxies import is_write, set_data
 from repbnn_cli.recognize import Layer
+from repbnn_cli.rule_models import ACTIONS_OF
 from repbnn_cli.rules import Rule
 from repbnn_cli.samples import rows_per_sample
 from repbnn_cli.static import static_nodes, value_inputs
@@ -193,9 +194,14 @@ class Walk:
         if isinstance(made.state, Folded) and made.state.reduced:  # an attention map: as in the source, of all replicas
             return self.graph.call_function(rep_layers.mean_of_replicas, (made.node, self.beta))
         if made.state is not None:
+            layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
+            if layer is None or "select_inputs" in ACTIONS_OF[layer.role]:
+                one = (f"a rule with `match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta` "
+                       "gives one replica")  # fmt: skip
+            else:
+                one = f"`[:, :{node.meta['value'].shape[1]}]` of it is one replica"
             self.notes.append(
-                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; a rule with "
-                f"`match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta` gives one replica, "
+                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; {one}, "
                 "`apply: keep` leaves a part of the network out of the expansion"
             )
         return self._as_tiled(node)

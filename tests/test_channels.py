@@ -340,5 +340,6 @@ def test_outputs_that_are_expanded_are_noted() -> None:
 
     model = randomize(Features(nn.Sequential(conv(8, 8), nn.BatchNorm2d(8))))
     plan, rep = transformed(model)
-    assert any("returns this expanded: 2× as many channels" in n for n in plan.notes)
+    (note,) = plan.notes
+    assert "returns this expanded: 2× as many channels; `[:, :8]` of it is one replica, `apply: keep` leaves" in note
     assert [t.shape[1] for t in rep(images())] == [5, 16]

@@ -294,3 +294,19 @@ def test_a_network_that_cannot_be_trained_by_itself_is_told_so() -> None:
     message = refusal(Untrainable)
     assert "the network itself cannot be trained here" in message
     assert "test_idiom_batches.py" in message
+
+
+class Overwritten(Untrainable):
+    """Autograd notices in the backward that a value was written to which it still needs."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = torch.exp(self.bn(self.conv(x)))
+        z = y * 2
+        y += 1
+        return torch.cat((y, z), 1)
+
+
+def test_a_network_whose_backward_fails_is_told_so_without_a_line_of_this_tool() -> None:
+    message = refusal(Overwritten)
+    assert message.startswith("the network itself cannot be trained here")
+    assert "modified by an inplace operation" in message

@@ -431,7 +431,7 @@ def test_a_norm_over_channels_is_applied_to_each_replica(beta: int) -> None:
 def test_a_norm_over_the_batch_is_refused_by_name() -> None:
     message = refusal(NormOfTheBatch)
     assert "(norm) node norm: its input is expanded, and it has no known role: WholeBatchNorm mixes" in message
-    assert "declare what it is (`modules:`) in a rule file" in message
+    assert "{type: WholeBatchNorm}, leaf: false}]`), or declare what it is (`modules:`)" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -277,7 +277,10 @@ def test_a_tensor_beside_the_kernel_is_told_by_what_it_does(name: str) -> None:
 
 def test_a_tensor_that_cannot_be_told_is_refused_and_a_rule_file_helps() -> None:
     kind = beside(scale(8), nowhere)
-    assert "has the tensor scale (8,), whose channel axis cannot be told; declare it (`per_channel:`)" in refusal(kind)
+    assert (
+        "has the tensor scale (8,), whose channel axis cannot be told; trace into it (rule file: `modules: "
+        "[{match: {type: Extra}, leaf: false}]`), or declare it (`per_channel:`)"
+    ) in refusal(kind)
     declared = (
         "{match: {type: Extra}, role: binary_conv, kernel: weight, per_channel: {scale: {channels: out, axis: 0}}}"
     )

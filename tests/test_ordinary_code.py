@@ -324,6 +324,39 @@ def test_the_certificate_counts_every_call() -> None:
     assert cost.values["macs"] == [3 * 64 * 8 * 8 * 9] * 2
 
 
+class Bases(BinaryConv):
+    """ABC-Net: one kernel, applied to several binarisations of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(super(Bases, self).forward(x - shift) for shift in (-0.5, 0.0, 0.5))  # type: ignore[return-value]
+
+
+def test_the_certificate_counts_every_convolution_of_a_forward() -> None:
+    class Several(Plain):
+        def setup(self) -> None:
+            self.c = Bases(8, 8, 3, padding=1, bias=False)
+
+    (cost,) = (c for c in certified(around(Several())).checks if c.name == "convolution cost unchanged")
+    assert cost.values["macs"] == [3 * 64 * 8 * 8 * 9] * 2
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_bypass_is_one_however_it_is_added(in_place: bool) -> None:
+    class Down(Block):
+        def setup(self) -> None:
+            self.down = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.c(x))
+            if in_place:
+                y += self.down(x)
+                return y
+            return y + self.down(x)
+
+    parts = {e.path: e.part for e in planned(randomize(around(Down()))).edits}
+    assert (parts["body.c"], parts["body.down"]) == ("backbone", "bypass")
+
+
 def test_that_no_layer_becomes_a_repconv_is_noted() -> None:
     tiled = written("extends: reptran\nrules:\n  mine: {part: backbone, match: {path: body.c}, apply: tile}\n")
     assert "no binary layer becomes a RepConv (body.c)" in planned(randomize(around(Plain())), rule=tiled).notes

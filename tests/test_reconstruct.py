@@ -229,7 +229,7 @@ def test_targets_are_not_apart_where_replicas_share_their_shifts() -> None:
         plan, rep = transformed(model, rule="bn-before-repeat")
         assert isinstance(rep, fx.GraphModule)
         units = reconstruct.reconstruct(plan, rep, batches(), steps=30, spread=spread)
-        assert [unit.path for unit in units] == ["conv1", "shortcut", "fc"]
+        assert [unit.path for unit in units] == ["conv1", "conv2", "shortcut", "fc"]
         assert all(unit.after < unit.before for unit in units)
         found.append(rep.state_dict())
     assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
@@ -542,3 +542,64 @@ def test_sums_in_place_leave_the_targets_of_norms_as_they_were() -> None:
         plan, rep = made(Standard(in_place))
         found.append(reconstruct.reconstruct(plan, rep, batches(), steps=10))
     assert found[0] == found[1]
+
+
+class Scaled(nn.Module):
+    """What a convolution's part ends in is scaled by a number."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.stem, self.bn, self.by = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), by
+        self.conv, self.bn1, self.fc = conv(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        x = (self.bn1(self.conv(x)) + x) * self.by
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("by", [8.0, 0.125, -2.0])
+def test_how_near_a_part_comes_does_not_depend_on_its_scale(by: float) -> None:
+    found = []
+    for scale in (1.0, by):
+        torch.manual_seed(0)
+        plan, rep = made(Scaled(scale))
+        unit, _ = reconstruct.reconstruct(plan, rep, batches(), steps=10, spread=0.5)
+        found.append((unit.before, unit.after))
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def test_a_part_never_ends_farther_away_than_it_began() -> None:
+    for steps in (1, 2, 5):
+        plan, rep = made(Residual())
+        given = batches()
+        units = reconstruct.reconstruct(plan, rep, given, steps=steps)
+        assert all(unit.after <= unit.before for unit in units)
+        (last,) = [unit for unit in units if unit.path == "fc"]
+        assert distance(plan, rep, given[:3]) == pytest.approx(last.after, rel=0.05)
+
+
+class Gated(nn.Module):
+    """A gate of two small convolutions, of which the first is repeated behind its activation alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.bn1, self.fc = conv(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.bn(self.stem(x)))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        return self.fc(F.adaptive_avg_pool2d(self.bn1(self.conv(x)) * gate, 1).flatten(1))
+
+
+def test_a_gate_is_fitted_up_to_where_its_channels_are_repeated() -> None:
+    plan, rep = made(Gated())
+    left: dict[str, str] = {}
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=60, spread=0.5, on_left=left.__setitem__)
+    assert left == {}
+    found = {unit.path: unit for unit in units}
+    assert set(found) == {"squeeze", "excite", "conv", "fc"}
+    assert found["squeeze"].after < found["squeeze"].before
+    assert found["excite"].after <= found["excite"].before

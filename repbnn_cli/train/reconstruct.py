@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
-from repbnn_cli.channels import Folded, Tiled
+from repbnn_cli.channels import Compact, Folded, Tiled
 from repbnn_cli.errors import DivergedError, UsageError
 from repbnn_cli.lockstep import last_uses
 from repbnn_cli.plan import Plan
@@ -170,6 +170,7 @@ class _Fitting:
             if apart:
                 self._centre(unit, wanted)
             before = self._missed(unit, wanted)
+            start = [p.detach().clone() for p in parameters]
             optimizer = torch.optim.Adam([{"params": [p], "lr": _rate(p)} for p in parameters])
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
             for step in range(self.steps):
@@ -186,6 +187,11 @@ class _Fitting:
                 raise DivergedError(
                     f"{unit.path}: fitting it to the source network gives {after}; --fit 0 does without"
                 )
+        if after > before:  # of few steps, from a good start
+            after = before
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
         with estimating(self._estimated(modules)):
             for chunk in range(len(wanted)):
                 with torch.no_grad():
@@ -208,7 +214,7 @@ class _Fitting:
         found: list[Tensor] = self._target(unit.twin)[:first]
         if isinstance(unit.state, Folded):
             return [rep_layers.repeat_batch(value, self.plan.beta) for value in found]
-        if not isinstance(unit.state, Tiled):
+        if not isinstance(unit.state, Tiled | Compact):
             return found
         index = torch.tensor(unit.state.index, device=found[0].device)
         return [value.index_select(1, index) for value in found]
@@ -231,13 +237,21 @@ class _Fitting:
         low, high = few.min(), few.max()
         return [(value + shift).clamp(low, high) for value in wanted]
 
-    @torch.no_grad()
     def _centre(self, unit: Unit, wanted: list[Tensor]) -> None:
         """Moves the BatchNorm's shifts by what the unit's values miss in the mean."""
         module = self._norm(unit)
-        if module is not None:
-            missing = torch.cat([wanted[i] - self._end(unit, i) for i in range(min(_FEW, self.chunks))])
-            module.bias.add_(missing.mean(_all_but_channels(missing)))
+        if module is None:
+            return
+        normalised: list[Tensor] = []
+        missing, slopes = [], []
+        with module.register_forward_hook(lambda _, __, given: normalised.append(given)):
+            for i in range(min(_FEW, self.chunks)):
+                end = self._end(unit, i)
+                missing.append((wanted[i] - end).detach())
+                slopes.append(torch.autograd.grad(end.sum(), normalised.pop())[0])
+        with torch.no_grad():
+            missed = torch.cat(missing)
+            module.bias.add_(missed.mean(_all_but_channels(missed)) / _steepest(torch.cat(slopes)))
 
     def _estimated(self, modules: list[nn.Module]) -> list[nn.Module]:
         """The normalisations in them whose statistics are estimated anew."""
@@ -263,6 +277,8 @@ class _Fitting:
         for node in (*unit.computing, *unit.nodes):
             local[node] = self.units.edges.run(self.rep, node, value)
         result: Tensor = local[unit.nodes[-1]]
+        if isinstance(unit.state, Compact):
+            return rep_layers.repeat_channels(result, unit.state.repeats)
         return rep_layers.unfold(result, self.plan.beta) if unit.unfolds else result
 
     def _norm(self, unit: Unit) -> _BatchNorm | None:
@@ -349,6 +365,13 @@ def _rate(parameter: Tensor) -> float:
 
 def _all_but_channels(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
+
+
+def _steepest(slopes: Tensor) -> Tensor:
+    """For each channel the largest of its slopes, by size; 1 where there is none. (N, C, ...) → (C,)."""
+    by_channel = slopes.transpose(0, 1).flatten(1)
+    found = by_channel.gather(1, by_channel.abs().argmax(1, keepdim=True)).squeeze(1)
+    return torch.where(found == 0, 1, found)
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli import rep_layers
-from repbnn_cli.channels import SPATIAL, Folded, State, Tiled, kind_of_module, operator_name, plain
+from repbnn_cli.channels import SPATIAL, Compact, Folded, State, Tiled, kind_of_module, operator_name, plain
 from repbnn_cli.graph import kernel_like
 from repbnn_cli.plan import Plan
 from repbnn_cli.rewrite_operators import unfoldable
@@ -92,7 +92,11 @@ class Units:
             self.waiting = set()
 
     def of(self, conv: fx.Node) -> Unit | None:
-        """The convolution and what follows it up to the last value whose target is known; None where there is none."""
+        """The convolution and what follows it up to the last value whose target is known; None where there is none.
+
+        Where that is none that is repeated, the last one that still has to be: each of its channels is to be like all
+        those of the source that share it.
+        """
         chain, end = [conv], conv if self.known(conv) else None
         while len(chain[-1].users) == 1:
             following = next(iter(chain[-1].users))
@@ -101,6 +105,7 @@ class Units:
                 break
             chain.append(following)
             end = following if self.known(following) else end
+        end = end or next((node for node in reversed(chain) if self._shared(node)), None)
         return None if end is None else self.ending(chain[: chain.index(end) + 1])
 
     def ending(self, nodes: list[fx.Node]) -> Unit:
@@ -141,6 +146,11 @@ class Units:
         if isinstance(step.state, Folded):
             return unfoldable(twin, self.source)
         return step.state is None or isinstance(step.state, Tiled)
+
+    def _shared(self, node: fx.Node) -> bool:
+        """Whether a value has one channel for several of the source's, and they are known."""
+        twin = self._twins.get(node.name)
+        return twin is not None and isinstance(self.plan.steps[twin.name].state, Compact)
 
     def pools(self, node: fx.Node) -> bool:
         """Whether a node of the Rep network acts over positions, on each channel alone."""
