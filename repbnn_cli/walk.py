@@ -195,13 +195,16 @@ class Walk:
             return self.graph.call_function(rep_layers.mean_of_replicas, (made.node, self.beta))
         if made.state is not None:
             layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
+            channels = node.meta["value"].shape[1]
             if layer is None or "select_inputs" in ACTIONS_OF[layer.role]:
                 one = (f"a rule with `match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta` "
-                       "gives one replica")  # fmt: skip
+                       "gives one replica, ")  # fmt: skip
+            elif self._map(node).first == tuple(range(channels)):
+                one = f"`[:, :{channels}]` of it is one replica, "
             else:
-                one = f"`[:, :{node.meta['value'].shape[1]}]` of it is one replica"
+                one = ""
             self.notes.append(
-                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; {one}, "
+                f"{self._place(node)}: the network returns this expanded: {self.beta}× as many channels; {one}"
                 "`apply: keep` leaves a part of the network out of the expansion"
             )
         return self._as_tiled(node)

@@ -52,7 +52,7 @@ def test_every_kind_of_layer_comes_nearer_to_the_source(kind: str) -> None:
     reconstruct.reconstruct(plan, started, given, steps=0)
     found = reconstruct.reconstruct(plan, rep, given, steps=60)
     assert [unit.path for unit in found] == ["conv", "fc"]
-    assert all(unit.after <= 1.02 * unit.before for unit in found)
+    assert all(unit.after <= unit.before for unit in found)
     assert found[0].after < 0.95 * found[0].before
     assert distance(plan, rep, given) < distance(plan, started, given)
     assert distance(plan, rep, other) < distance(plan, started, other)
@@ -62,7 +62,7 @@ def test_foreign_layers_with_a_residual_are_fitted_up_to_where_their_part_ends()
     plan, rep = made(Residual())
     found = reconstruct.reconstruct(plan, rep, batches(), steps=30)
     assert [unit.path for unit in found] == ["conv1", "conv2", "shortcut", "fc"]
-    assert all(unit.after <= 1.02 * unit.before for unit in found)
+    assert [unit.path for unit in found if unit.after < unit.before][:3] == ["conv1", "conv2", "shortcut"]
 
 
 def values_at(network: fx.GraphModule, name: str, given: list[Tensor]) -> Tensor:
@@ -567,6 +567,38 @@ def test_how_near_a_part_comes_does_not_depend_on_its_scale(by: float) -> None:
         unit, _ = reconstruct.reconstruct(plan, rep, batches(), steps=10, spread=0.5)
         found.append((unit.before, unit.after))
     assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+class Cut(nn.Module):
+    """Thresholds, by its own code, in a way that no gradient passes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.high = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).float() * self.high
+
+
+def test_a_part_whose_shifts_get_no_gradient_is_fitted_without_moving_them() -> None:
+    class Cutting(Scaled):
+        def __init__(self) -> None:
+            super().__init__(1.0)
+            self.cut = Cut(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.hardtanh(self.bn(self.stem(x)))
+            return self.fc(F.adaptive_avg_pool2d(self.cut(self.bn1(self.conv(x))), 1).flatten(1))
+
+    plan, rep = made(Cutting())
+    units = reconstruct.reconstruct(plan, rep, batches(), steps=5, spread=0.5)
+    assert [unit.path for unit in units] == ["conv", "fc"]
+
+
+def test_a_shift_moves_by_the_slope_of_what_is_not_clipped() -> None:
+    slopes = torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, -1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]]).T[..., None, None]
+    assert reconstruct._shift_per_miss([slopes[:1], slopes[1:]]).tolist() == [1.0, -0.5, 0.0, 0.0]
+    assert reconstruct._shift_per_miss([slopes, None]) == 0.0
 
 
 def test_a_part_never_ends_farther_away_than_it_began() -> None:

@@ -190,6 +190,77 @@ def test_networks_that_write_are_fitted_as_those_that_do_not(form: Form) -> None
         assert found[0][path] == pytest.approx(found[1][path], rel=1e-3)
 
 
+def broadcast(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    y[...] = x.mean((1, 2, 3), keepdim=True)
+    return y
+
+
+def number(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    y[...] = 0.5
+    y[:, :4] = x[:, :4]
+    return y
+
+
+def part_before_data(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    half = y[:, :4]
+    y.data = y.data + x
+    half += 1
+    return joined(half, y[:, 4:])
+
+
+def shape(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    half = y[:, :4]
+    y.unsqueeze_(1)
+    y += 1
+    return joined(half, y.squeeze(1)[:, 4:])
+
+
+def index(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    at = (x.sum() * 0).long()
+    one = y[:, at]
+    at += 1
+    one.add_(5)
+    return y
+
+
+def largest(_: Net, x: Tensor, y: Tensor) -> Tensor:
+    most, _ = y.max(1, keepdim=True)
+    most[:, :, :2] = 0
+    return y * most
+
+
+@pytest.mark.parametrize("form", [broadcast, number, part_before_data, shape, index, largest], ids=lambda f: f.__name__)
+def test_what_is_followed_is_right_and_what_is_not_is_said(form: Form) -> None:
+    source = graph.capture(randomize(Net(form)), (3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    try:
+        edges = as_edges(source.module, source.graph, x[:2])
+    except WriteError:
+        assert form not in (broadcast, number)
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(lazily(edges, source.module, x), source.module(x), rtol=0, atol=0)
+
+
+class Rewriting(nn.Conv2d):
+    """BinaryNet's layer: the signs take the place of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data = x.data.sign()
+        return super().forward(x)
+
+
+def test_a_write_that_a_module_hides_is_noticed() -> None:
+    class Hiding(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x, y: net.hidden(y) + y)
+            self.hidden = Rewriting(8, 8, 1)
+
+    source = graph.capture(randomize(Hiding()), (3, 8, 8), leaf=lambda path, _: path == "hidden" or None)
+    with pytest.raises(WriteError, match="cannot be followed"):
+        as_edges(source.module, source.graph, torch.randn(2, 3, 8, 8))
+
+
 def test_parameters_are_written_to_as_ever() -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:
@@ -206,7 +277,27 @@ def test_parameters_are_written_to_as_ever() -> None:
     before = source.module.weight.detach().clone()
     edges = as_edges(source.module, source.graph, torch.randn(2, 3, 8, 8))
     assert [node.name for node in edges.written] == ["iadd"]
+    assert [node.name for node in edges.lasting] == ["clamp_"]
     assert torch.equal(source.module.weight, before)
+
+
+def test_targets_are_those_behind_a_write_to_a_parameter() -> None:
+    class Clamping(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x, y: y + x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc.weight.data.clamp_(-0.01, 0.01)
+            return super().forward(x)
+
+    plan, rep = transformed(randomize(Clamping()))
+    assert isinstance(rep, fx.GraphModule)
+    given = [torch.randn(16, 3, 8, 8) for _ in range(3)]
+    (*_, last) = reconstruct.reconstruct(plan, rep, given, steps=0)
+    with torch.no_grad():
+        ours, theirs = (torch.cat([network(x) for x in given]) for network in (rep, plan.network.module.eval()))
+    assert last.path == "fc"
+    assert float((ours - theirs).square().mean() / theirs.var(correction=0)) == pytest.approx(last.after, rel=0.05)
 
 
 class Halves(nn.Module):
@@ -225,5 +316,5 @@ def test_a_write_whose_result_nothing_shows_is_said() -> None:
 
     model = randomize(Writing())
     source = graph.capture(model, (3, 8, 8), leaf=lambda path, _: path == "halves" or None)
-    with pytest.raises(WriteError, match=r"^halves writes into what it takes, and gives something else$"):
+    with pytest.raises(WriteError, match=r"^the network writes .* cannot be followed \(test_writes\.py:\d+\)$"):
         as_edges(source.module, source.graph, torch.randn(2, 3, 8, 8))

@@ -243,15 +243,16 @@ class _Fitting:
         if module is None:
             return
         normalised: list[Tensor] = []
-        missing, slopes = [], []
+        missing: list[Tensor] = []
+        slopes: list[Tensor | None] = []
         with module.register_forward_hook(lambda _, __, given: normalised.append(given)):
             for i in range(min(_FEW, self.chunks)):
                 end = self._end(unit, i)
                 missing.append((wanted[i] - end).detach())
-                slopes.append(torch.autograd.grad(end.sum(), normalised.pop())[0])
+                slopes.append(torch.autograd.grad(end.sum(), normalised.pop(), allow_unused=True)[0])
         with torch.no_grad():
             missed = torch.cat(missing)
-            module.bias.add_(missed.mean(_all_but_channels(missed)) / _steepest(torch.cat(slopes)))
+            module.bias.add_(missed.mean(_all_but_channels(missed)) * _shift_per_miss(slopes))
 
     def _estimated(self, modules: list[nn.Module]) -> list[nn.Module]:
         """The normalisations in them whose statistics are estimated anew."""
@@ -345,7 +346,7 @@ class _Fitting:
         """The source's values, computed where they are first asked for; dropped behind a unit that they are not needed
         after."""
         if node not in self.targets:
-            for used in node.all_input_nodes:
+            for used in (*self.units.lasting_before(node), *node.all_input_nodes):
                 self._target(used)
             arguments = (self._of_batch(self.targets, chunk) for chunk in range(self.chunks))
             self.targets[node] = [self.units.source_edges.run(self.source.module, node, given) for given in arguments]
@@ -367,11 +368,18 @@ def _all_but_channels(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
 
-def _steepest(slopes: Tensor) -> Tensor:
-    """For each channel the largest of its slopes, by size; 1 where there is none. (N, C, ...) → (C,)."""
-    by_channel = slopes.transpose(0, 1).flatten(1)
-    found = by_channel.gather(1, by_channel.abs().argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(found == 0, 1, found)
+def _shift_per_miss(slopes: list[Tensor | None]) -> Tensor | float:
+    """How far a shift has to move for each channel's values, whose slopes these are, to move by 1; (N, C, ...) → (C,).
+
+    By the steepest slope, which is that of what is not clipped. 0 where values go either way, or no way is known.
+    """
+    known = [slope for slope in slopes if slope is not None]
+    if len(known) < len(slopes):
+        return 0.0
+    by_channel = torch.cat(known).transpose(0, 1).flatten(1)
+    low, high = by_channel.amin(1), by_channel.amax(1)
+    steepest = torch.where(high > -low, high, low)
+    return torch.where((low * high < 0) | (steepest == 0), 0, 1 / steepest)
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:

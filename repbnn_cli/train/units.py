@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -60,8 +61,8 @@ class Units:
     """The units of a Rep network. edges, source_edges: its graph and the source's, in which nothing is overwritten;
     waiting: convolutions that are still to be fitted.
 
-    images: (N, C, H, W), a few; on_left hears of convolutions that are called more than once, or not by
-    this graph, and of all, where a write cannot be followed.
+    images: (N, C, H, W), a few. on_left hears of convolutions that are left: called more than once, or not by this
+    graph; where a write of the network cannot be followed, all.
     """
 
     def __init__(self, plan: Plan, rep: fx.GraphModule, images: Tensor, on_left: Callable[[str, str], None]) -> None:
@@ -75,6 +76,7 @@ class Units:
             why = str(error)
         graph = self.edges.graph
         by_name = {node.name: node for node in self.source_edges.graph.nodes}
+        self._order = {node: i for i, node in enumerate(by_name.values())}
         self._twins = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
         self._uses = Counter(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr"))
         self._names = Counter(id(p) for _, p in rep.named_parameters(remove_duplicate=False))
@@ -105,7 +107,9 @@ class Units:
                 break
             chain.append(following)
             end = following if self.known(following) else end
-        end = end or next((node for node in reversed(chain) if self._shared(node)), None)
+        if end is None:
+            unpooled = list(itertools.takewhile(lambda node: not self.pools(node), chain))
+            end = next((node for node in reversed(unpooled) if self._to_be_repeated(node)), None)
         return None if end is None else self.ending(chain[: chain.index(end) + 1])
 
     def ending(self, nodes: list[fx.Node]) -> Unit:
@@ -147,10 +151,15 @@ class Units:
             return unfoldable(twin, self.source)
         return step.state is None or isinstance(step.state, Tiled)
 
-    def _shared(self, node: fx.Node) -> bool:
-        """Whether a value has one channel for several of the source's, and they are known."""
+    def _to_be_repeated(self, node: fx.Node) -> bool:
+        """Whether a value has one channel for several of the source's, which are known."""
         twin = self._twins.get(node.name)
-        return twin is not None and isinstance(self.plan.steps[twin.name].state, Compact)
+        step = self.plan.steps[twin.name] if twin is not None else None
+        return step is not None and isinstance(step.state, Compact) and not (step.static or step.by_position)
+
+    def lasting_before(self, twin: fx.Node) -> list[fx.Node]:
+        """What of the source writes into parameters and buffers before a node of it runs."""
+        return [node for node in self.source_edges.lasting if self._order[node] < self._order[twin]]
 
     def pools(self, node: fx.Node) -> bool:
         """Whether a node of the Rep network acts over positions, on each channel alone."""

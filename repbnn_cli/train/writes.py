@@ -24,14 +24,18 @@ from repbnn_cli.tracer import execute
 
 
 class WriteError(Exception):
-    """A write whose result cannot be followed; the message says what writes."""
+    """A network writes in a way that cannot be followed; the message says so, and where."""
+
+
+_WHOLE = object()
+"""In place of an item: all of a tensor. (`...` is what somebody's code may say, and then numbers are broadcast.)"""
 
 
 class Put:
     """(x, value, operands of the steps...) → a copy of x, value written into the part that the steps lead to."""
 
     def __init__(self, root: nn.Module, steps: Sequence[_Step], item: Any) -> None:
-        """steps: from x to the part; item: what is set of it, `...` for all."""
+        """steps: from x to the part; item: what is set of it."""
         self._root = root
         self.__name__ = self.__qualname__ = "put"
         self._operands: dict[fx.Node, int] = {}
@@ -92,10 +96,12 @@ def _filled(given: Any, here: Any, operands: Sequence[Any]) -> Any:
 
 @dataclass
 class Edges:
-    """graph: a copy in which writes are edges; written: node that writes → what it writes into, an operand of it."""
+    """graph: a copy in which writes are edges; written: node that writes → what it writes into, an operand of it;
+    lasting: the nodes that write into parameters and buffers, which have no edges to who reads those behind them."""
 
     graph: fx.Graph
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    lasting: list[fx.Node] = field(default_factory=list)
 
     def run(self, root: nn.Module, node: fx.Node, values: Any) -> Any:
         """What a node gives; values: node → its value, none of which changes."""
@@ -107,12 +113,50 @@ class Edges:
 def as_edges(root: nn.Module, graph: fx.Graph, images: Tensor) -> Edges:
     """The graph over `root` with its writes into activations as edges; images: a small batch, for each of its inputs.
 
-    Writes into parameters and buffers stay what they are. Raises WriteError for one whose result nothing shows.
+    Writes into parameters and buffers stay what they are. What is made is run out of order, and has to give what the
+    graph gives: raises WriteError where it does not, or where a write cannot be followed.
     """
-    following = _Following(root, copied_graph(graph))
-    with unchanged(root), torch.no_grad():
-        following.run(images)
+    try:
+        following = _Following(root, copied_graph(graph))
+        with unchanged(root), torch.no_grad():
+            following.run(images)
+        with unchanged(root), torch.no_grad():
+            same = _gives_the_same(root, following, images)
+    except (RuntimeError, AttributeError, TypeError, LookupError, ValueError) as error:
+        raise WriteError(_CANNOT) from error
+    if not same:
+        raise WriteError(_CANNOT)
     return following.edges
+
+
+_CANNOT = "the network writes into its tensors in a way that cannot be followed"
+
+
+def _gives_the_same(root: nn.Module, following: _Following, images: Tensor) -> bool:
+    """Whether the outputs are those of the graph in its own order, and no value changes, if all is run late."""
+    edges, order = following.edges, {n: i for i, n in enumerate(following.edges.graph.nodes)}
+    values: dict[fx.Node, Any] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            before = [n for n in edges.lasting if order[n] < order[node]]
+            for used in (*before, *reversed(node.all_input_nodes)):
+                value(used)
+            values[node] = images.clone() if node.op == "placeholder" else edges.run(root, node, value)
+            kept.extend((t, t.clone()) for t in tensors_of(values[node]) if not _memory(t) & following.kept)
+        return values[node]
+
+    (output,) = edges.graph.find_nodes(op="output")
+    ours = tensors_of(fx.map_arg(output.args[0], value))
+    return _alike(ours, following.outputs) and all(_alike([t], [was]) for t, was in kept)
+
+
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    shapes = [[(t.shape, t.dtype) for t in side] for side in (some, others)]
+    return shapes[0] == shapes[1] and all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in zip(some, others, strict=True)
+    )
 
 
 class _Following:
@@ -122,6 +166,7 @@ class _Following:
         self.parts: dict[fx.Node, _Step] = {}
         self.now: dict[fx.Node, fx.Node | None] = {}  # what a node's value has become; None: what its parent's says
         self.kept: set[int] = set()  # memory of parameters and buffers
+        self.outputs: list[Tensor] = []
         self.outs = {n: out for n in graph.nodes if isinstance(out := n.kwargs.get("out"), fx.Node)}
 
     def run(self, images: Tensor) -> None:
@@ -130,6 +175,7 @@ class _Following:
                 self.values[node] = images.clone()
                 continue
             if node.op == "output":
+                self.outputs = [t.clone() for t in tensors_of(fx.map_arg(node.args[0], self.values.__getitem__))]
                 self._redirect(node)
                 continue
             operands, args, kwargs = list(node.all_input_nodes), node.args, node.kwargs
@@ -156,24 +202,28 @@ class _Following:
         for n in held:  # `parameter.data = x` gives it other memory
             self.kept |= _memory(self.values[n])
         changed = [n for n in operands if before[n] != [t._version for t in tensors_of(self.values[n])]]
-        return [n for n in (operands[:1] if node.target is set_data else changed) if n not in held]
+        changed = operands[:1] if node.target is set_data else changed
+        if any(n in held for n in changed):
+            self.edges.lasting.append(node)
+            return []
+        return changed
 
     # -- one write ----------------------------------------------------------------------------------------------------
     def _write(self, node: fx.Node, into: fx.Node, changed: list[fx.Node]) -> None:
         x, result = self.values[into], self.values[node]
         if into not in changed or not isinstance(x, Tensor):
-            raise WriteError(f"{node.name} writes into what it takes")
+            raise WriteError(_cannot(node))
         if node.target is operator.setitem:
             self._becomes(node, into, node.args[2], node.args[1])
             self.graph.erase_node(node)
             return
         if not isinstance(result, Tensor) or not _same_place(x, result):
-            raise WriteError(f"{node.name} writes into what it takes, and gives something else")
+            raise WriteError(_cannot(node))  # and gives something else
         self.edges.written[node] = self.now.get(into) or into
         if node.target is set_data:  # the tensor has other memory now, and shares none with its parts
             self.now.update({n: node for n, value in self.values.items() if value is x and n is not node})
         else:
-            self._becomes(node, into, node, ...)
+            self._becomes(node, into, node, _WHOLE)
 
     def _becomes(self, node: fx.Node, into: fx.Node, value: Any, item: Any) -> None:
         """From here on `into` has this value at this item of it, and so has all that lies in the same memory."""
@@ -185,11 +235,11 @@ class _Following:
                 steps.insert(0, self.parts[base])
             base = self.parts[base].parent
         self.now.update({n: None for n, v in self.values.items() if n not in (base, node) and memory & _memory(v)})
-        if item is ...:
+        if item is _WHOLE:
             self.now[into] = value
             if base is into:
                 return
-        put = Put(self.root, steps, item)
+        put = Put(self.root, steps, ... if item is _WHOLE else item)
         with self.graph.inserting_before(node):
             operands = [self._value(n, node) for n in put.operands]
             start = self._value(base, node)
@@ -209,7 +259,7 @@ class _Following:
         if found is None:
             step = self.parts.get(node)
             if step is None:
-                raise WriteError(f"{node.name} is a part of something that is written to")
+                raise WriteError(_cannot(node))
             found = self._value(step.parent, before)
             if node not in self.edges.written:
                 found = self._again(step, found, before)
@@ -223,6 +273,11 @@ class _Following:
         args, kwargs = fx.map_arg((step.args, step.kwargs), operand)
         with self.graph.inserting_before(before):
             return self.graph.create_node(step.node.op, step.node.target, args, kwargs)
+
+
+def _cannot(node: fx.Node) -> str:
+    where = node.meta.get("where")
+    return f"{_CANNOT} ({where})" if where else _CANNOT
 
 
 def _memory(value: Any) -> set[int]:
