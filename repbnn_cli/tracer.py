@@ -282,8 +282,8 @@ class Tracer(fx.Tracer):
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
     def refuse_what_is_lost(self, model: nn.Module) -> None:
-        """`self.buffer = f(x)` in a traced forward: the graph has no place for it. And a decision that the forward
-        itself will change, which a graph takes once."""
+        """`self.buffer = f(x)` in a traced forward: the graph has no place for it. A write into a tensor that each call
+        makes anew. And a decision that the forward itself will change, which a graph takes once."""
         kept = {operator.setitem, set_data, *(getattr(operator, n) for n in INPLACE)}
         for path, module in model.named_modules():
             for name, value in (*module._buffers.items(), *module._parameters.items()):
@@ -292,6 +292,14 @@ class Tracer(fx.Tracer):
                         f"{value.node.meta['where']}: assigns `{name}` of {path or 'the network'} in its forward; "
                         f"write it in place (self.{name}.copy_(...)) or keep the module whole (rule file: `leaf: true`)"
                     )
+
+        for write in (n for n in self.values if is_write(n) or n.target == "__setitem__"):
+            if any(name.startswith("_tensor_constant") for name in self._held(write, along=0)):
+                raise CaptureError(
+                    f"{write.meta['where']}: writes into a tensor that the forward makes of numbers alone, which a "
+                    "graph has once for all calls; make it from an input (`x.new_zeros(8)` for `torch.zeros(8)`), or "
+                    "compute a new one (`z = z + y` for `z += y`)"
+                )
 
         for node in self.decisions:
             decided = self._held(node) if node in self._fixed else {}

@@ -308,6 +308,22 @@ class BufferAssigned(Refused):
         return x
 
 
+class SummedUp(Refused):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        total = torch.zeros(4)
+        total += x.mean((0, 2, 3))
+        return x * total.view(1, 4, 1, 1)
+
+
+class PutTogether(Refused):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        parts = torch.empty(2, 4, 8, 8)
+        parts[:, :2] = x[:, 2:]
+        return parts
+
+
 class OutsideTorch(Refused):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -330,6 +346,8 @@ class Vanishing(Refused):
     ("model", "text", "says"),
     [
         (BufferAssigned, "self.mean =", ["assigns `mean` of the network", "self.mean.copy_(...)", "leaf: true"]),
+        (SummedUp, "total +=", ["the forward makes of numbers alone", "`x.new_zeros(8)`", "`z = z + y` for `z += y`"]),
+        (PutTogether, "parts[:, :2]", ["writes into a tensor that the forward makes", "`x.new_zeros(8)`"]),
         (OutsideTorch, "from_numpy", ["cannot be captured", "leaf: true", "module of its own"]),
         (
             WrongShape,
