@@ -6,6 +6,8 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from train_examples import OWN_NETWORK, own_network
 import repbnn_cli
 from repbnn_cli import result, runs
 from repbnn_cli.cli import run
+from repbnn_cli.commands import training
 from repbnn_cli.train import recipes, reconstruct
 
 pytest.importorskip("sklearn", reason="needs the extra `digits`")
@@ -28,6 +31,27 @@ def rep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ckpt.pth").write_bytes(CHECKPOINT.read_bytes())
     assert run(["transform", "ckpt.pth"]) == 0
     return tmp_path / "checkpoints" / "ckpt-rep2.repbnn.pt"
+
+
+@pytest.mark.parametrize(
+    ("inherited", "prepared", "tip"),
+    [
+        (True, {}, "a short run keeps more of what was inherited with less"),
+        (False, {"fit_steps": 200}, "a short run keeps more of what was inherited with less"),
+        (False, {}, "a short run gains from --spread 0.75"),
+    ],
+)
+def test_a_short_run_is_told_what_helps_its_start(
+    inherited: bool, prepared: dict[str, int], tip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fresh kernels that `calibrate` fitted to their source are no start from scratch."""
+    origin = SimpleNamespace(arch="irnet_resnet20")
+    pupil: Any = SimpleNamespace(
+        origin=origin, fresh=False, trained=False, beta=2, inherited=inherited, prepared=prepared
+    )
+    training._recipe(pupil, "irnet-cifar10-resnet20", epochs=5, sets=[], stages=[], spread=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tip")]
+    assert tip in line
 
 
 def test_finetune_a_result_gives_a_result(

@@ -112,9 +112,10 @@ def _recipe(
     stage = chosen.stages[0]
     rate_given = any(change.partition("=")[0].endswith("optimizer.lr") for change in sets)
     short = stage.total >= _SHORT * epochs and not pupil.trained
-    if short and pupil.beta is not None and not pupil.inherited and not spread:
+    learned = pupil.inherited or bool(pupil.prepared)  # fresh kernels may have been fitted to the source, too
+    if short and pupil.beta is not None and not learned and not spread:
         views.say("tip: a RepBNN learns slowly from scratch at first; a short run gains from --spread 0.75")
-    if short and pupil.inherited and not rate_given:
+    if short and learned and not rate_given:
         rate = stage.optimizer.lr
         views.say(
             f"tip: lr {rate:g} is made for {stage.total} {stage.unit} from scratch; a short run keeps more of what was "
