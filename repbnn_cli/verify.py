@@ -175,8 +175,8 @@ def _training(model: nn.Module, captured: nn.Module, inputs: list[Tensor]) -> Ch
             except RuntimeError as error:  # somebody else's code: autograd takes less than a plain run
                 if network is captured:
                     raise
-                forward = not isinstance(loss, Tensor)
-                where = f"{place_of(error)}: " if forward else ""  # in the backward no line of theirs runs
+                # In the backward no line of theirs runs.
+                where = "" if isinstance(loss, Tensor) else f"{place_of(error)}: "
                 raise CaptureError(
                     f"{where}the network itself cannot be trained here (torch {torch.__version__}): "
                     f"{textwrap.shorten(str(error), 300, placeholder=' ...')}; mend its forward, or leave training out "

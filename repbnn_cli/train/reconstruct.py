@@ -346,7 +346,7 @@ class _Fitting:
         """The source's values, computed where they are first asked for; dropped behind a unit that they are not needed
         after."""
         if node not in self.targets:
-            for used in (*self.units.lasting_before(node), *node.all_input_nodes):
+            for used in (*self.units.source_edges.lasting_before(node), *node.all_input_nodes):
                 self._target(used)
             arguments = (self._of_batch(self.targets, chunk) for chunk in range(self.chunks))
             self.targets[node] = [self.units.source_edges.run(self.source.module, node, given) for given in arguments]

@@ -76,7 +76,6 @@ class Units:
             why = str(error)
         graph = self.edges.graph
         by_name = {node.name: node for node in self.source_edges.graph.nodes}
-        self._order = {node: i for i, node in enumerate(by_name.values())}
         self._twins = {step.node: by_name[name] for name, step in plan.steps.items() if name in by_name}
         self._uses = Counter(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr"))
         self._names = Counter(id(p) for _, p in rep.named_parameters(remove_duplicate=False))
@@ -156,10 +155,6 @@ class Units:
         twin = self._twins.get(node.name)
         step = self.plan.steps[twin.name] if twin is not None else None
         return step is not None and isinstance(step.state, Compact) and not (step.static or step.by_position)
-
-    def lasting_before(self, twin: fx.Node) -> list[fx.Node]:
-        """What of the source writes into parameters and buffers before a node of it runs."""
-        return [node for node in self.source_edges.lasting if self._order[node] < self._order[twin]]
 
     def pools(self, node: fx.Node) -> bool:
         """Whether a node of the Rep network acts over positions, on each channel alone."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,6 +110,14 @@ class Edges:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values(n).clone() if n is into else values(n))
         return execute(root, node, args, kwargs)
 
+    def lasting_before(self, node: fx.Node) -> list[fx.Node]:
+        """What writes into parameters and buffers before a node runs."""
+        return [write for write in self.lasting if self._order[write] < self._order[node]]
+
+    @cached_property
+    def _order(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
 
 def as_edges(root: nn.Module, graph: fx.Graph, images: Tensor) -> Edges:
     """The graph over `root` with its writes into activations as edges; images: a small batch, for each of its inputs.
@@ -134,14 +143,13 @@ _CANNOT = "the network writes into its tensors in a way that cannot be followed"
 
 def _gives_the_same(root: nn.Module, following: _Following, images: Tensor) -> bool:
     """Whether the outputs are those of the graph in its own order, and no value changes, if all is run late."""
-    edges, order = following.edges, {n: i for i, n in enumerate(following.edges.graph.nodes)}
+    edges = following.edges
     values: dict[fx.Node, Any] = {}
     kept: list[tuple[Tensor, Tensor]] = []
 
     def value(node: fx.Node) -> Any:
         if node not in values:
-            before = [n for n in edges.lasting if order[n] < order[node]]
-            for used in (*before, *reversed(node.all_input_nodes)):
+            for used in (*edges.lasting_before(node), *reversed(node.all_input_nodes)):
                 value(used)
             values[node] = images.clone() if node.op == "placeholder" else edges.run(root, node, value)
             kept.extend((t, t.clone()) for t in tensors_of(values[node]) if not _memory(t) & following.kept)
