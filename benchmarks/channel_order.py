@@ -18,8 +18,8 @@ import networkx
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli import source
-from repbnn_cli.train import data, feeds, recipes
+from repbnn_cli import data, source
+from repbnn_cli.train import feeds, recipes
 
 Order = list[int]  # position → channel of the network as it was
 NEIGHBOURS = 0.7  # assumed correlation of binarised inputs one pixel apart

@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from repbnn_cli import rules, runs, source, surgery, zoo
+from repbnn_cli.data import Dataset, Split, load
+from repbnn_cli.data.splits import fingerprint_of
 from repbnn_cli.train import engine, recipes
-from repbnn_cli.train.data import Dataset, Split, load
-from repbnn_cli.train.splits import fingerprint_of
 
 TARGETS = {1: 0.3, 2: 0.4}
 WARM = 3

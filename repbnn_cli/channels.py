@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from repbnn_cli.graph.interception import FunctionCall
+from repbnn_cli.graph.proxies import INPLACE, is_write
 from repbnn_cli.inherit import Members
-from repbnn_cli.interception import FunctionCall
-from repbnn_cli.proxies import INPLACE, is_write
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from repbnn_cli.cpu_only import running
 from repbnn_cli.graph import Network
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.profiler import Profile
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
-from repbnn_cli.tracer import fetch
+from repbnn_cli.user_code.cpu_only import running
 
 # Gaps and reasons from this share of our count on are worth a line.
 THRESHOLD = 0.005

@@ -188,7 +188,7 @@ def _compiler() -> str | None:
 
 
 def _data_sets() -> Iterator[Item]:
-    from repbnn_cli.train import data
+    from repbnn_cli import data
 
     folder = data.data_folder()
     for name in ("cifar10", "cifar100"):

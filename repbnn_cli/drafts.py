@@ -17,11 +17,11 @@ import yaml
 from repbnn_cli import rules as rulebook
 from repbnn_cli import source, surgery
 from repbnn_cli.errors import RepbnnError
-from repbnn_cli.hints import hints
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.recognize import CONVOLUTIONS, Layer, recognize
+from repbnn_cli.recognize.hints import hints
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
-from repbnn_cli.tracer import fetch
 
 MARK = "DECIDE"
 _WIDTH = 118

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from repbnn_cli.channels import memory_of, operator_name
 from repbnn_cli.graph import Network, kernel_like
-from repbnn_cli.proxies import is_write
+from repbnn_cli.graph.proxies import is_write
+from repbnn_cli.graph.static import roots, static_nodes
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
-from repbnn_cli.static import roots, static_nodes
-from repbnn_cli.tracer import fetch
 
 # Each multiplies by a matrix; where that is a parameter, it is a layer, whether or not it was told as one.
 PRODUCTS = (

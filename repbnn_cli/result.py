@@ -31,16 +31,17 @@ import torch
 from torch import Tensor, nn
 
 import repbnn_cli
-from repbnn_cli import checkpoint, source, surgery, user_model
-from repbnn_cli.cpu_only import running
+from repbnn_cli import checkpoint, source, surgery, writing
+from repbnn_cli.checkpoint.identify import compare, shapes_of
+from repbnn_cli.checkpoint.tied import assign
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import KeptGraphModule, Network
-from repbnn_cli.identify import compare, shapes_of
-from repbnn_cli.interception import interceptable
+from repbnn_cli.graph.interception import interceptable
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import loads
 from repbnn_cli.source import Origin, Source
-from repbnn_cli.tied import assign
+from repbnn_cli.user_code import user_model
+from repbnn_cli.user_code.cpu_only import running
 from repbnn_cli.verify import Certificate
 
 ModelSource = str | nn.Module | Callable[[], nn.Module]
@@ -92,12 +93,12 @@ def payload_of(src: Source, plan: Plan, rep: nn.Module, certificate: Certificate
 def save(payload: Mapping[str, Any], path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a result atomically: `.safetensors` holds tensors and the plain values as JSON, all else torch.save."""
     if Path(path).suffix != ".safetensors":
-        checkpoint.save(payload, path, force=force)
+        writing.save(payload, path, force=force)
         return
     plain = {k: v for k, v in payload.items() if k not in ("tensors", "source_tensors")}
     # The network's tensors under their own names, so that any safetensors reader finds the state dict it expects.
     metadata = {"repbnn": json.dumps(plain, sort_keys=True, ensure_ascii=False)}
-    checkpoint.save_safetensors(payload["tensors"], metadata, path, force=force)
+    writing.save_safetensors(payload["tensors"], metadata, path, force=force)
 
 
 def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import checkpoint, graph, identify, seeds, user_model, zoo
-from repbnn_cli.checkpoint import Checkpoint
-from repbnn_cli.cpu_only import is_foreign, running
+from repbnn_cli import checkpoint, graph, seeds, zoo
+from repbnn_cli.checkpoint import Checkpoint, identify
+from repbnn_cli.checkpoint.tied import assign
 from repbnn_cli.errors import UsageError
-from repbnn_cli.interception import interceptable
+from repbnn_cli.graph.interception import interceptable
 from repbnn_cli.recognize import type_names
 from repbnn_cli.rules import RuleSet
-from repbnn_cli.tied import assign
+from repbnn_cli.user_code import user_model
+from repbnn_cli.user_code.cpu_only import is_foreign, running
 
 
 @dataclass(frozen=True)

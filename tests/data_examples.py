@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repbnn_cli.data import cifar_files, load
+from repbnn_cli.data import sets as data
+from repbnn_cli.data.cifar_files import CIFAR10_CLASSES, Layout
 from repbnn_cli.errors import DataError
-from repbnn_cli.train import cifar_files, data
-from repbnn_cli.train.cifar_files import CIFAR10_CLASSES, Layout
-from repbnn_cli.train.data import load
 
 ROWS = {"cifar10": 20, "cifar100": 200}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repbnn_cli import graph, rules, surgery, verify
 from repbnn_cli.errors import RepbnnError
-from repbnn_cli.interception import interceptable
+from repbnn_cli.graph.interception import interceptable
 from repbnn_cli.plan import Plan
 
 

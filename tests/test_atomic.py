@@ -17,8 +17,8 @@ import torch
 from writing_examples import every_writer, example
 
 from repbnn_cli import writing
-from repbnn_cli.checkpoint import atomic_write_text, save
 from repbnn_cli.errors import RepbnnError
+from repbnn_cli.writing import atomic_write_text, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,8 +149,8 @@ import resource, torch
 from repbnn_cli import checkpoint
 held = {{"w": torch.ones(25_000_000)}}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-checkpoint.save(held, {str(tmp_path / "a.pt")!r})
-checkpoint.save_safetensors(held, {{}}, {str(tmp_path / "b.safetensors")!r})
+writing.save(held, {str(tmp_path / "a.pt")!r})
+writing.save_safetensors(held, {{}}, {str(tmp_path / "b.safetensors")!r})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

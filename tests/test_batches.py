@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from repbnn_cli.data.batches import MEAN, STD, Batches, Normaliser, eval_batches, generator_for
+from repbnn_cli.data.splits import Split
 from repbnn_cli.errors import UsageError
-from repbnn_cli.train.batches import MEAN, STD, Batches, Normaliser, eval_batches, generator_for
-from repbnn_cli.train.splits import Split
 
 
 def split_of(count: int, height: int = 6, width: int = 5) -> Split:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from repbnn_cli import graph
 from repbnn_cli.errors import CaptureError
-from repbnn_cli.interception import FunctionCall, interceptable
+from repbnn_cli.graph.interception import FunctionCall, interceptable
 
 
 def built(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from train_examples import recipe, tiny, toy
 
 from repbnn_cli.binary_conv import IRConv2d, RBNNConv2d
-from repbnn_cli.train.batches import Batches
+from repbnn_cli.data.batches import Batches
 from repbnn_cli.train.captured import WARM_UP, Captured, CudaGraphs
 from repbnn_cli.train.schedules import Binarization
 from repbnn_cli.train.steps import Step, averaged, optimizer_for

@@ -22,7 +22,7 @@ from repbnn_cli.channels import (
     plain,
 )
 from repbnn_cli.errors import SurgeryError
-from repbnn_cli.trials import acts_per_sample, commutes
+from repbnn_cli.recognize.trials import acts_per_sample, commutes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Maps

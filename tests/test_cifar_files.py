@@ -22,10 +22,10 @@ from data_examples import (
     write_files,
 )
 
+from repbnn_cli.data import load
+from repbnn_cli.data import sets as data
+from repbnn_cli.data.cifar_files import CIFAR10_CLASSES, unpickled
 from repbnn_cli.errors import DataError
-from repbnn_cli.train import data
-from repbnn_cli.train.cifar_files import CIFAR10_CLASSES, unpickled
-from repbnn_cli.train.data import load
 
 every_package = pytest.mark.parametrize("package", LAYOUT.values(), ids=["-".join(key) for key in LAYOUT])
 

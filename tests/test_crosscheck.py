@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from repbnn_cli import crosscheck, graph, profiler, shapes
+from repbnn_cli import crosscheck, graph, profiler
 from repbnn_cli.binary_conv import GatedConv2d, RBNNConv2d
 from repbnn_cli.cli import run
 from repbnn_cli.crosscheck import CrossCheck, Reason, Tool, cross_check
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import recognize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,13 +28,13 @@ from data_examples import (
 from PIL import Image
 
 from repbnn_cli import writing
+from repbnn_cli.data import Dataset, ImageFolders, cache, load, open_data
+from repbnn_cli.data import sets as data
+from repbnn_cli.data.archives import archive_entries
+from repbnn_cli.data.cifar_files import CIFAR10_CLASSES
+from repbnn_cli.data.images import Place, place_of
+from repbnn_cli.data.splits import fingerprint_of, split_of
 from repbnn_cli.errors import DataError, UsageError
-from repbnn_cli.train import cache, data
-from repbnn_cli.train.archives import archive_entries
-from repbnn_cli.train.cifar_files import CIFAR10_CLASSES
-from repbnn_cli.train.data import Dataset, ImageFolders, load, open_data
-from repbnn_cli.train.images import Place, place_of
-from repbnn_cli.train.splits import fingerprint_of, split_of
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"

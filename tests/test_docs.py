@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from repbnn_cli.cli import run
-from repbnn_cli.rule_models import schema
-from repbnn_cli.rule_reference import reference
+from repbnn_cli.rules.rule_models import schema
+from repbnn_cli.rules.rule_reference import reference
 from repbnn_cli.train import reconstruct
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from repbnn_cli.command_reference import commands, parts_of_help, reference
+from repbnn_cli.cli.command_reference import commands, parts_of_help, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = commands()

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from repbnn_cli.data import download as room
+from repbnn_cli.data.download import PACKAGES, download
 from repbnn_cli.errors import DataError, UsageError
-from repbnn_cli.train import download as room
-from repbnn_cli.train.download import PACKAGES, download
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from repbnn_cli import drafts, rules, source, surgery
 from repbnn_cli.cli import app
-from repbnn_cli.interception import interceptable
+from repbnn_cli.graph.interception import interceptable
 from repbnn_cli.source import Origin, Source
 
 

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 from train_examples import TEXT, Tiny, recipe, run, tiny, toy
 
-from repbnn_cli import checkpoint, result, rules, source, surgery, zoo
+from repbnn_cli import checkpoint, data, result, rules, source, surgery, writing, zoo
 from repbnn_cli.binary_conv import BinaryConv2d, GatedConv2d, RBNNConv2d, ReCUConv2d
 from repbnn_cli.errors import DataError, DivergedError, RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
-from repbnn_cli.train import data, engine, feeds, guards, health, recipes, state
+from repbnn_cli.train import engine, feeds, guards, health, recipes, state
 from repbnn_cli.train.inheritance import Preparation
 from repbnn_cli.train.reconstruct import Fitted
 from repbnn_cli.train.state import Position, Run
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_earlier_states_and_the_run_goes_on_from_them(
         calls += 1
         if calls == 5:  # state, best and state of epoch 1, best and state of epoch 2
             raise RepbnnError(f"{path}: no space left on the device, nothing was written")
-        checkpoint.save(payload, path, force=force)
+        writing.save(payload, path, force=force)
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save", full)

@@ -20,7 +20,7 @@ from repbnn_cli.channels import Tiled, concatenated, flattened, plain
 from repbnn_cli.cli import run
 from repbnn_cli.errors import UsageError
 from repbnn_cli.explain import Explainer, Story, Whole
-from repbnn_cli.explain_words import made_from, tiled_text
+from repbnn_cli.explain.explain_words import made_from, tiled_text
 from repbnn_cli.inherit import Columns, runs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from networks import BinaryConv, Body, Residual, images, planned, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repbnn_cli import recognize, shapes, surgery, zoo
+from repbnn_cli import recognize, surgery, zoo
 from repbnn_cli.binary_conv import SignConv2d
 from repbnn_cli.deploy import agreement, folds, forms
 from repbnn_cli.deploy.forms import BinaryForm, binary_form
@@ -20,6 +20,7 @@ from repbnn_cli.deploy.match import folded
 from repbnn_cli.graph import Network, capture
 from repbnn_cli.kernels import Backend, choose
 from repbnn_cli.layers import LearnableBias, RPReLU
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rep_layers import fold
 from repbnn_cli.zoo.vgg_small import VGGSmall

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repbnn_cli import identify as identify_module
 from repbnn_cli import zoo
 from repbnn_cli.checkpoint import PREFIXES, Checkpoint, load
+from repbnn_cli.checkpoint import identify as identify_module
+from repbnn_cli.checkpoint.identify import Match, Signature, compare, identify, name_hash, prefixes_to_try, resolve
 from repbnn_cli.errors import CheckpointError, UsageError
-from repbnn_cli.identify import Match, Signature, compare, identify, name_hash, prefixes_to_try, resolve
 
 SAMPLE = Path(__file__).parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from repbnn_cli.data.batches import MEAN, STD
+from repbnn_cli.data.image_crops import Augmentation, centre_pixels, crop_box, training_pixels
+from repbnn_cli.data.imagenet import Damages, FolderBatches, ImageFolders, eval_folder_batches, open_folders
 from repbnn_cli.errors import DataError, UsageError
-from repbnn_cli.train.batches import MEAN, STD
-from repbnn_cli.train.image_crops import Augmentation, centre_pixels, crop_box, training_pixels
-from repbnn_cli.train.imagenet import Damages, FolderBatches, ImageFolders, eval_folder_batches, open_folders
 
 SMALL = Augmentation(size=16)
 PLAIN = Augmentation(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False, lighting=0.0)

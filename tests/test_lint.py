@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph
-from repbnn_cli.advice_views import checks_markdown
 from repbnn_cli.cli import run
 from repbnn_cli.lint import CHECKS, Outcome, lint, worst
 from repbnn_cli.recognize import recognize
+from repbnn_cli.views.advice_views import checks_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,11 +14,11 @@ import torch
 from idiom_networks import Net, generic, transformed
 from torch import Tensor, nn
 
-from repbnn_cli.code_base import folders_above
-from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import CaptureError
-from repbnn_cli.legacy import legacy_functions
-from repbnn_cli.user_model import build
+from repbnn_cli.user_code.code_base import folders_above
+from repbnn_cli.user_code.cpu_only import running
+from repbnn_cli.user_code.legacy import legacy_functions
+from repbnn_cli.user_code.user_model import build
 
 
 class OldSign(torch.autograd.Function):

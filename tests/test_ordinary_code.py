@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from networks import BinaryConv, Body, Residual, conv, images, planned, randomize, signs, transformed, written
 from torch import Tensor, fx, nn
 
-from repbnn_cli import graph, surgery, user_model
+from repbnn_cli import graph, surgery
 from repbnn_cli.channels import Tiled
 from repbnn_cli.deploy import agreement
 from repbnn_cli.errors import CheckpointError, SurgeryError
-from repbnn_cli.lockstep import difference
-from repbnn_cli.proxies import is_write
-from repbnn_cli.verify import Certificate, _training, verify
+from repbnn_cli.graph.proxies import is_write
+from repbnn_cli.user_code import user_model
+from repbnn_cli.verify import Certificate, verify
+from repbnn_cli.verify.certificate import _training
+from repbnn_cli.verify.lockstep import difference
 
 
 class Block(nn.Module):

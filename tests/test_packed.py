@@ -16,13 +16,14 @@ from networks import BinaryConv, Body, Residual, images, planned, randomize, rul
 from torch import Tensor, nn
 
 import repbnn_cli
-from repbnn_cli import checkpoint, profiler, recognize, shapes, source, surgery, zoo
+from repbnn_cli import checkpoint, profiler, recognize, source, surgery, zoo
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.deploy.zeros import in_kernels
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.kernels import Backend
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Origin

@@ -16,9 +16,9 @@ from repbnn_cli import profiler, surgery
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.profiler.shapes import rep_network
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import load
-from repbnn_cli.shapes import rep_network
 from repbnn_cli.source import Origin, capture
 
 

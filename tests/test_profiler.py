@@ -19,10 +19,10 @@ from networks import rule_set
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repbnn_cli import channels, counting, profiler, shapes, surgery, zoo
+from repbnn_cli import channels, profiler, surgery, zoo
 from repbnn_cli.graph import capture
 from repbnn_cli.plan import Plan
-from repbnn_cli.profiler import LayerCost, Profile
+from repbnn_cli.profiler import LayerCost, Profile, counting, shapes
 from repbnn_cli.recognize import recognize
 from repbnn_cli.rep_layers import RepBatchNorm2d
 

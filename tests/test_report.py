@@ -17,12 +17,13 @@ from networks import rule_set
 from rich.console import Console, RenderableType
 from torch import Tensor, nn
 
-from repbnn_cli import number_text, paper, profiler, report, shapes, surgery, tables, zoo
-from repbnn_cli.cost_rows import SORT_KEYS, pairs, rows
+from repbnn_cli import number_text, paper, profiler, report, surgery, zoo
 from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import capture
-from repbnn_cli.profiler import Change, Comparison, Profile
+from repbnn_cli.profiler import Change, Comparison, Profile, shapes
 from repbnn_cli.recognize import recognize
+from repbnn_cli.views import tables
+from repbnn_cli.views.cost_rows import SORT_KEYS, pairs, rows
 
 
 @cache

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import planned
 
-from repbnn_cli import anatomy, shapes, surgery, zoo
+from repbnn_cli import anatomy, surgery, zoo
 from repbnn_cli.anatomy import Block, Operation
 from repbnn_cli.number_text import compact, exact
 from repbnn_cli.plan import Plan
+from repbnn_cli.profiler import shapes
 from repbnn_cli.report import Plot, charts, diagram, svg
 
 NAMES = st.text(st.sampled_from("abmwW.01_-/<>&\"'| β×中😀\x07"), max_size=120)

@@ -11,7 +11,8 @@ import torch
 from networks import images, planned, randomize
 from PIL import Image
 
-from repbnn_cli import surgery, tensor_stats, zoo
+from repbnn_cli import surgery, zoo
+from repbnn_cli.anatomy import tensor_stats
 from repbnn_cli.report.montage import montage
 
 

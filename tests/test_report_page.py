@@ -16,8 +16,10 @@ from networks import images, planned, randomize
 from pages import SVG_TAGS, Node, Reader, check_page, tables_of
 from train_examples import run as train
 
-from repbnn_cli import anatomy, profiler, report, runs, shapes, surgery, tensor_stats, zoo
+from repbnn_cli import anatomy, profiler, report, runs, surgery, zoo
+from repbnn_cli.anatomy import tensor_stats
 from repbnn_cli.number_text import exact
+from repbnn_cli.profiler import shapes
 from repbnn_cli.report import Evidence, ReportInput, Standing
 
 EVIL = "<script>alert(\"x\")</script>|'q'&amp;</style></svg>*b*\\`c`--><img src=x onerror=y>"

@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel
 from rule_examples import NETWORK, claims, rule, subject
 
-from repbnn_cli import rule_files, rule_models, rules
+from repbnn_cli import rules
 from repbnn_cli.errors import RulesError, UsageError
-from repbnn_cli.rules import RuleSet
+from repbnn_cli.rules import RuleSet, rule_files, rule_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (

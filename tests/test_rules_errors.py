@@ -8,7 +8,7 @@ import pytest
 
 from repbnn_cli import rules
 from repbnn_cli.errors import RulesError
-from repbnn_cli.yaml_marks import MAX_CHARACTERS
+from repbnn_cli.rules.yaml_marks import MAX_CHARACTERS
 
 ROLES = "binary_conv, float_conv, depthwise_conv, binary_linear, float_linear, batch_norm, per_channel, weightless"
 SHIPPED = "bn-before-repeat, full-precision, last-layer-1, last-layer-2, last-layer-3, reptran, reptran-released"

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repbnn_cli import rule_models, rules
+from repbnn_cli import rules
 from repbnn_cli.errors import RulesError
+from repbnn_cli.rules import rule_models
 
 names = st.from_regex(r"[a-z0-9-]{1,12}", fullmatch=True)
 printable = st.characters(exclude_categories=("C", "Z"), include_characters=" ")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from repbnn_cli import run_views
 from repbnn_cli.runs import Progress, Reached
+from repbnn_cli.views import run_views
 
 ROW = {"stage": "train", "epoch": 12, "loss": 0.9123, "train_top1": 67.1, "test_top1": 66.2, "best_top1": 66.8,
        "images_per_s": 612.3}  # fmt: skip

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from train_examples import run, toy
 
-from repbnn_cli import run_views, runs
+from repbnn_cli import runs
 from repbnn_cli.errors import CheckpointError, StoppedError, UsageError
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import engine
 from repbnn_cli.train.inheritance import Preparation
+from repbnn_cli.views import run_views
 
 PUBLISHED = "published={irnet_resnet20: {table: Table 7, raw: 86.5, rep: 87.6}}"
 ABOUT = {"name": "net", "arch": "irnet_resnet20", "beta": 2, "target": "rep.pt", "sha256": "ab", "source_top1": 62.4}

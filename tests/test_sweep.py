@@ -16,11 +16,12 @@ import pytest
 from drawings import Shape, axis, read
 from pages import Reader, check_page, tables_of
 
-from repbnn_cli import experiments, report, sweeps
+from repbnn_cli import report
 from repbnn_cli.cli import run
 from repbnn_cli.commands import sweep
 from repbnn_cli.errors import RulesError, UsageError
-from repbnn_cli.sweeps import Budget
+from repbnn_cli.runs import experiments, sweeps
+from repbnn_cli.runs.sweeps import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """name: tiny

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from networks import BConv, images, planned, signs, transformed, written
 from torch import Tensor, fx, nn
 
-from repbnn_cli import profiler, rep_layers, shapes, surgery
+from repbnn_cli import profiler, rep_layers, surgery
 from repbnn_cli.errors import SurgeryError
 from repbnn_cli.explain import Explainer, Story
 from repbnn_cli.plan import Plan
+from repbnn_cli.profiler import shapes
 from repbnn_cli.train import reconstruct
 from repbnn_cli.verify import verify
 

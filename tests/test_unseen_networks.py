@@ -17,7 +17,7 @@ from repbnn_cli import checkpoint, profiler, surgery
 from repbnn_cli.deploy import agreement, packed
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import RepbnnError, UsageError
-from repbnn_cli.probe import _kernel_bits
+from repbnn_cli.graph.probe import _kernel_bits
 from repbnn_cli.recognize import recognize
 from repbnn_cli.rules import load
 from repbnn_cli.source import Origin, capture

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from repbnn_cli.checkpoint import load
-from repbnn_cli.cpu_only import cpu_only
 from repbnn_cli.errors import CaptureError, CheckpointError, UsageError
-from repbnn_cli.user_model import build, load_weights, part_of
+from repbnn_cli.user_code.cpu_only import cpu_only
+from repbnn_cli.user_code.user_model import build, load_weights, part_of
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph
-from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.train import reconstruct
 from repbnn_cli.train.writes import Edges, WriteError, as_edges
+from repbnn_cli.verify.lockstep import tensors_of
 
 Form = Callable[["Net", Tensor, Tensor], Tensor]
 

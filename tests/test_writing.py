@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import nn
 from writing_examples import every_writer, example
 
-from repbnn_cli.checkpoint import VERSION, atomic_write_text, check_output, load, save, save_safetensors
+from repbnn_cli.checkpoint import VERSION, load
 from repbnn_cli.errors import CheckpointError, UsageError
+from repbnn_cli.writing import atomic_write_text, check_output, save, save_safetensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +175,7 @@ def test_bytes_are_the_same_in_another_process(tmp_path: Path) -> None:
     del held["tensors"]
     program = f"""
 import torch
-from repbnn_cli.checkpoint import save, save_safetensors
+from repbnn_cli.writing import save, save_safetensors
 tensors = {{"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}}
 save({{**{held!r}, "tensors": tensors}}, "other.pt")
 save_safetensors(tensors, {{"b": "2", "a": "1"}}, "other.safetensors")

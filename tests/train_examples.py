@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repbnn_cli.binary_conv import BinaryConv2d, IRConv2d
+from repbnn_cli.data.splits import Dataset, Split, fingerprint_of
 from repbnn_cli.train import engine, recipes
 from repbnn_cli.train.recipes import Recipe
-from repbnn_cli.train.splits import Dataset, Split, fingerprint_of
 
 TEXT = """
 data: [digits]

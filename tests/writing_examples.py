@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from repbnn_cli.checkpoint import VERSION, atomic_write_text, save, save_safetensors
+from repbnn_cli.checkpoint import VERSION
+from repbnn_cli.writing import atomic_write_text, save, save_safetensors
 
 
 def example() -> dict[str, Any]:

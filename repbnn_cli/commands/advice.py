@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from repbnn_cli import advice_views, checkpoint, result, views
+from repbnn_cli import checkpoint, result, views
 from repbnn_cli import doctor as doctor_room
 from repbnn_cli import lint as lint_room
 from repbnn_cli.commands import targets
 from repbnn_cli.errors import GateError, UsageError
 from repbnn_cli.explain import Explainer, Story
+from repbnn_cli.views import advice_views
 
 
 def explain(target: str | None, path: str | None, *, model: str | None, as_json: bool) -> None:

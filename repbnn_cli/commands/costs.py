@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from repbnn_cli import crosscheck, paper, profiler, result, shapes, side_by_side, source, tables, views
+from repbnn_cli import crosscheck, paper, profiler, result, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
 from repbnn_cli.errors import GateError, UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer, recognize
+from repbnn_cli.views import side_by_side, tables
 
 
 def check_counts_only(of_latency: Mapping[str, str | None]) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from repbnn_cli import checkpoint, kernel_views, profiler, views
+from repbnn_cli import profiler, views, writing
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.targets import Examined
@@ -21,6 +21,7 @@ from repbnn_cli.deploy.fuse import Fused, fuse
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import UsageError, VerificationError
 from repbnn_cli.kernels import Backend, choose
+from repbnn_cli.views import kernel_views
 
 _CHECKED_IMAGES = 4
 
@@ -36,7 +37,7 @@ def export_packed(
     if found.packed is not None:
         raise UsageError(f"{path}: is a packed network already; export the result that it came from")
     place = Path(output) if output else Path(path).with_name(Path(path).name.split(".")[0] + ".packed")
-    checkpoint.check_output(place, force=force)
+    writing.check_output(place, force=force)
     made = packed.pack(
         found.network, found.layers, found.origin, rules=found.opened.plan.rules if found.opened else None,
         about=_about(found), zeros_as_plus=zeros_as_plus,

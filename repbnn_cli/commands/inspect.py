@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from repbnn_cli import checkpoint, identify, kernel_views, result, views
+from repbnn_cli import checkpoint, result, views
+from repbnn_cli.checkpoint import identify
 from repbnn_cli.commands import targets
 from repbnn_cli.deploy import packed, zeros
 from repbnn_cli.errors import CheckpointError
 from repbnn_cli.report import trained
 from repbnn_cli.source import Origin
+from repbnn_cli.views import kernel_views
 
 
 def inspect(path: str, *, arch: str | None, key: str | None, unsafe: bool, as_json: bool) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from repbnn_cli import result, runs, shapes, source, views
+from repbnn_cli import result, runs, source, views
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import targets
+from repbnn_cli.data import Dataset, ImageFolders, check_there, open_data
 from repbnn_cli.deploy import packed
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.source import Origin
 from repbnn_cli.train import engine, recipes
-from repbnn_cli.train.data import Dataset, ImageFolders, check_there, open_data
 from repbnn_cli.train.recipes import Recipe
 
 _NO_DATA = "--data: name the data, e.g. cifar10:DIR, cifar100:DIR, imagenet:DIR, folder:DIR or digits"

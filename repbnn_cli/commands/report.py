@@ -13,26 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repbnn_cli import (
-    anatomy,
-    checkpoint,
-    image_files,
-    paper,
-    result,
-    runs,
-    shapes,
-    sweeps,
-    tensor_stats,
-    views,
-    writing,
-)
+from repbnn_cli import anatomy, checkpoint, paper, result, runs, views, writing
 from repbnn_cli import report as room
 from repbnn_cli import zoo as registry
+from repbnn_cli.anatomy import image_files, tensor_stats
 from repbnn_cli.commands import costs, targets
-from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError
-from repbnn_cli.runs import RunRecord
+from repbnn_cli.profiler import shapes
+from repbnn_cli.runs import RunRecord, sweeps
 from repbnn_cli.train import recipes
+from repbnn_cli.user_code.cpu_only import running
 
 _MOST_IMAGES, _SHOWN_IMAGES, _NOISE = 16, 3, 4
 

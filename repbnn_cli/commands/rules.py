@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from repbnn_cli import drafts, rule_files, source, surgery, views
+from repbnn_cli import drafts, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli.commands import targets
-from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError
 from repbnn_cli.recognize import recognize
+from repbnn_cli.rules import rule_files
+from repbnn_cli.user_code.cpu_only import running
 
 
 def rules_list(*, as_json: bool) -> None:

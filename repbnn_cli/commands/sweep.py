@@ -18,13 +18,14 @@ from typing import Any
 
 from rich.table import Table
 
-from repbnn_cli import experiments, report, runs, source, sweeps, views, zoo
+from repbnn_cli import report, runs, source, views, zoo
 from repbnn_cli.commands import pupils
+from repbnn_cli.data import check_spec
 from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
-from repbnn_cli.experiments import Cell, Experiment
-from repbnn_cli.sweeps import Budget, Sweep
+from repbnn_cli.runs import experiments, sweeps
+from repbnn_cli.runs.experiments import Cell, Experiment
+from repbnn_cli.runs.sweeps import Budget, Sweep
 from repbnn_cli.train import recipes
-from repbnn_cli.train.data import check_spec
 from repbnn_cli.train.guards import stopping
 from repbnn_cli.wording import some
 

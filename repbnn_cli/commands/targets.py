@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repbnn_cli import checkpoint, result, seeds, shapes, source, views
+from repbnn_cli import checkpoint, result, seeds, source, views, writing
 from repbnn_cli import rules as rulebook
 from repbnn_cli import zoo as registry
 from repbnn_cli.deploy import packed
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Origin, Source
@@ -188,7 +189,7 @@ def _as_option(value: Any) -> str:
 def check_output(output: str | Path | None, *, force: bool) -> None:
     """Early, before any work: the place can be written. The folder checkpoints/ is made when there is a result."""
     if output is not None and (isinstance(output, str) or output.parent.is_dir()):
-        checkpoint.check_output(output, force=force)
+        writing.check_output(output, force=force)
 
 
 def deliver(text: str, output: str | None, *, force: bool) -> None:
@@ -196,7 +197,7 @@ def deliver(text: str, output: str | None, *, force: bool) -> None:
     if output is None:
         views.print_text(text)
         return
-    checkpoint.atomic_write_text(output, text if text.endswith("\n") else text + "\n", force=force)
+    writing.atomic_write_text(output, text if text.endswith("\n") else text + "\n", force=force)
     views.say(f"wrote {output}")
 
 

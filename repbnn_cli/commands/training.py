@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from repbnn_cli import checkpoint, kernel_views, result, run_views, runs, seeds, views
+from repbnn_cli import result, runs, seeds, views, writing
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.pupils import Pupil
+from repbnn_cli.data import Dataset, ImageFolders, data_folder
+from repbnn_cli.data.download import download
+from repbnn_cli.data.imagenet import Damages
 from repbnn_cli.deploy.fuse import fuse
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
 from repbnn_cli.logits import checked_logits
 from repbnn_cli.rep_layers import RepMixin
 from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
-from repbnn_cli.train.data import Dataset, ImageFolders, data_folder
-from repbnn_cli.train.download import download
-from repbnn_cli.train.imagenet import Damages
 from repbnn_cli.train.inheritance import APART, Preparation, spreadable
 from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
+from repbnn_cli.views import kernel_views, run_views
 
 _SHORT = 10  # a run of a tenth of its recipe's length, or less, is short
 
@@ -138,7 +139,7 @@ def _deliver(
     record = runs.read(outcome.run)
     if output is not None:
         payload = torch.load(outcome.best, weights_only=True)
-        (result.save if pupil.opened else checkpoint.save)(payload, output, force=force)
+        (result.save if pupil.opened else writing.save)(payload, output, force=force)
         views.say(*views.left_out_lines(output, payload))
     best = output or str(outcome.best)
     began = next((row["test_top1"] for row in record.rows if not row["epoch"]), 0.0)
@@ -191,7 +192,7 @@ def calibrate(
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
-    checkpoint.check_output(place, force=force)
+    writing.check_output(place, force=force)
     pupil = pupils.load(str(path), model=model)
     if pupil.opened is None:
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")

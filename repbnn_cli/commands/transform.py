@@ -13,13 +13,13 @@ from repbnn_cli import result, runs, source, surgery, views
 from repbnn_cli import rules as rulebook
 from repbnn_cli import verify as checks
 from repbnn_cli.commands import targets
-from repbnn_cli.cpu_only import running
 from repbnn_cli.errors import UsageError, VerificationError
 from repbnn_cli.graph import KeptGraphModule
 from repbnn_cli.inherit import Kernel
 from repbnn_cli.plan import Plan
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Source
+from repbnn_cli.user_code.cpu_only import running
 from repbnn_cli.verify import Certificate
 
 

@@ -29,12 +29,12 @@ from torch.utils._pytree import tree_map
 from repbnn_cli.deploy.forms import centre
 from repbnn_cli.deploy.fuse import Fused, FusedBlock
 from repbnn_cli.graph import Network
+from repbnn_cli.graph.probe import applying
+from repbnn_cli.graph.tracer import execute
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
-from repbnn_cli.lockstep import largest, tensors_of
 from repbnn_cli.logits import logits_of
-from repbnn_cli.probe import applying
-from repbnn_cli.tracer import execute
+from repbnn_cli.verify.lockstep import largest, tensors_of
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4

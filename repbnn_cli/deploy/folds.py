@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from repbnn_cli.graph import KeptGraphModule, Network, bare
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.rep_layers import fold, unfold
-from repbnn_cli.tracer import fetch
 
 _ELEMENTWISE = (operator.add, torch.add, F.hardtanh)
 

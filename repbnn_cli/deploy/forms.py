@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.probe import ConvCall, ConvCalls, applying
+from repbnn_cli.graph.probe import ConvCall, ConvCalls, applying
 from repbnn_cli.restoring import unchanged
 
 Pair = tuple[int, int]

@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.deploy.forms import BinaryForm, binary_form
 from repbnn_cli.graph import Network
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.kernels.blocks import Activation, PackedBlock
 from repbnn_cli.kernels.packing import pack_kernel
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import unchanged
-from repbnn_cli.tracer import fetch
 
 _SUMS = (operator.add, operator.iadd, torch.add)
 _WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)

@@ -31,22 +31,24 @@ import torch
 from torch import Tensor, nn
 
 import repbnn_cli
-from repbnn_cli import checkpoint, reading, result, shapes, source, surgery
-from repbnn_cli.cpu_only import running
+from repbnn_cli import checkpoint, result, source, surgery, writing
+from repbnn_cli.checkpoint import reading
+from repbnn_cli.checkpoint.tied import assign
 from repbnn_cli.deploy.forms import kernel_signs, kernel_zeros
 from repbnn_cli.deploy.match import folded
 from repbnn_cli.deploy.packed_kernels import as_stored, give_kernel, scale_behind, scale_beside
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.graph import Network
+from repbnn_cli.graph.tracer import fetch
+from repbnn_cli.profiler import shapes
+from repbnn_cli.profiler.sizes import Stored, called_kernels, deployed, state_tensors
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.result import ModelSource
 from repbnn_cli.rules import RuleSet, loads
-from repbnn_cli.sizes import Stored, called_kernels, deployed, state_tensors
 from repbnn_cli.source import Origin
-from repbnn_cli.tied import assign
-from repbnn_cli.tracer import fetch
+from repbnn_cli.user_code.cpu_only import running
 
 KEY = checkpoint.PACKED
 VERSION = 1
@@ -116,7 +118,7 @@ def pack(
 
 def save(packed: Packed, path: str | os.PathLike[str], *, force: bool = False) -> int:
     """Writes the file atomically; the bytes of its header, length field included."""
-    checkpoint.save_safetensors(packed.tensors, {KEY: _json(packed.header)}, path, force=force)
+    writing.save_safetensors(packed.tensors, {KEY: _json(packed.header)}, path, force=force)
     return Path(path).stat().st_size - packed.data_bytes
 
 

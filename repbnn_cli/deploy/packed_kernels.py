@@ -16,11 +16,11 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.deploy.zeros import inputs_like
 from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
-from repbnn_cli.lockstep import tensors_of
-from repbnn_cli.probe import applying
+from repbnn_cli.graph.probe import applying
+from repbnn_cli.graph.static import evaluate, roots, static_nodes
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.rep_layers import mixed
-from repbnn_cli.static import evaluate, roots, static_nodes
-from repbnn_cli.tracer import fetch
+from repbnn_cli.verify.lockstep import tensors_of
 
 
 class GivenKernel:

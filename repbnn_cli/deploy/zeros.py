@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.deploy.forms import kernel_zeros
-from repbnn_cli.functional import ConvolutionCall
 from repbnn_cli.graph import Network
-from repbnn_cli.probe import ConvCalls
+from repbnn_cli.graph.functional import ConvolutionCall
+from repbnn_cli.graph.probe import ConvCalls
+from repbnn_cli.graph.static import evaluate
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.recognize import Layer
-from repbnn_cli.static import evaluate
-from repbnn_cli.tracer import fetch
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from repbnn_cli import paper
-from repbnn_cli.cost_rows import Row, RowPair, pairs
 from repbnn_cli.number_text import exact, percent, signed
 from repbnn_cli.profiler import Metric
 from repbnn_cli.report import evidence, trained
@@ -28,7 +27,8 @@ from repbnn_cli.report.document import (
 from repbnn_cli.report.inherited import inherited
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.value import INHERIT, LAST_LAYER, PlanGroup, Report, differences, printed
-from repbnn_cli.tables import LABELS, PAIR_HEADINGS, costly, footnotes, label, left_out, pair_texts
+from repbnn_cli.views.cost_rows import Row, RowPair, pairs
+from repbnn_cli.views.tables import LABELS, PAIR_HEADINGS, costly, footnotes, label, left_out, pair_texts
 
 
 def document(report: Report) -> Document:

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from repbnn_cli import paper
 from repbnn_cli.anatomy import Block as Part
+from repbnn_cli.anatomy.tensor_stats import BINS, REACH, Activations, Weights
 from repbnn_cli.number_text import exact, shortened
 from repbnn_cli.report import charts, diagram
 from repbnn_cli.report.document import Block, Code, Figures, Folded, Line, Paragraph, Table
 from repbnn_cli.report.montage import montage
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.value import Evidence, Report, Standing
-from repbnn_cli.tensor_stats import BINS, REACH, Activations, Weights
 
 T = TypeVar("T")
 

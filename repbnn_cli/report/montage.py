@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from repbnn_cli.anatomy.tensor_stats import FeatureMaps
 from repbnn_cli.report.document import Picture
-from repbnn_cli.tensor_stats import FeatureMaps
 
 _PANEL, _GAP, _PAPER = 72, 6, 255
 

@@ -10,8 +10,8 @@ from typing import Any
 from repbnn_cli import paper
 from repbnn_cli.report.value import INHERIT, Evidence, PaperCost, Report, printed
 from repbnn_cli.runs import RunRecord
-from repbnn_cli.sweeps import Row, Sweep
-from repbnn_cli.tables import CONVENTION, cost_as_dict
+from repbnn_cli.runs.sweeps import Row, Sweep
+from repbnn_cli.views.tables import CONVENTION, cost_as_dict
 
 
 def as_dict(report: Report) -> dict[str, Any]:

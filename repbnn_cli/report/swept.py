@@ -12,7 +12,7 @@ from repbnn_cli.report import charts
 from repbnn_cli.report.document import Block, Code, Document, Figures, Folded, Items, Line, Listing, Section, Table
 from repbnn_cli.report.svg import Plot
 from repbnn_cli.report.trained import points
-from repbnn_cli.sweeps import OverSeeds, Row, Sweep
+from repbnn_cli.runs.sweeps import OverSeeds, Row, Sweep
 
 COLUMNS = ("runs", "epochs", "best top-1", "last top-1", "gain", "paper", "paper's gain")
 

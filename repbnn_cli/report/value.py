@@ -11,11 +11,11 @@ from typing import Any
 
 from repbnn_cli import paper
 from repbnn_cli.anatomy import Block
+from repbnn_cli.anatomy.tensor_stats import Activations, FeatureMaps, Weights
 from repbnn_cli.number_text import exact
 from repbnn_cli.profiler import METRICS, Comparison
 from repbnn_cli.runs import RunRecord
-from repbnn_cli.tables import LABELS
-from repbnn_cli.tensor_stats import Activations, FeatureMaps, Weights
+from repbnn_cli.views.tables import LABELS
 
 INHERIT: Mapping[str, str] = {
     "fold": "convolution channel o holds the original filters o, o + O/β, …, whose channels its repeats stand for",

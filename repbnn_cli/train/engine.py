@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli import seeds
+from repbnn_cli.data import Dataset, ImageFolders
 from repbnn_cli.errors import DivergedError, StoppedError
 from repbnn_cli.logits import logits_of
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import backends, compiled, guards, health, measure, memory, recipes, state
 from repbnn_cli.train.captured import Captured
-from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.feeds import CONTIGUOUS, Feed, open_feed, takes_channels_last
 from repbnn_cli.train.guards import Signals
 from repbnn_cli.train.inheritance import Preparation

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
+from repbnn_cli.data.batches import Source
+from repbnn_cli.data.image_crops import Augmentation
+from repbnn_cli.data.imagenet import Damages, warn
+from repbnn_cli.data.sharding import batches_in
 from repbnn_cli.errors import DataError, UsageError
 from repbnn_cli.restoring import unchanged
-from repbnn_cli.train.batches import Source
-from repbnn_cli.train.data import Batches, Dataset, FolderBatches, ImageFolders, eval_batches, eval_folder_batches
-from repbnn_cli.train.image_crops import Augmentation
-from repbnn_cli.train.imagenet import Damages, warn
 from repbnn_cli.train.recipe_models import RecipeFile
-from repbnn_cli.train.sharding import batches_in
 
 Images = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 

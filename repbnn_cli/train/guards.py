@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import repbnn_cli
 from repbnn_cli import seeds
+from repbnn_cli.data import Dataset, ImageFolders
 from repbnn_cli.errors import UsageError
-from repbnn_cli.lockstep import tensors_of
 from repbnn_cli.logits import checked_logits
 from repbnn_cli.restoring import unchanged
 from repbnn_cli.train import health
-from repbnn_cli.train.data import Dataset, ImageFolders
 from repbnn_cli.train.recipes import Recipe
+from repbnn_cli.verify.lockstep import tensors_of
 
 
 def stopping() -> list[int]:

@@ -16,9 +16,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repbnn_cli.errors import UsageError
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.plan import Plan
 from repbnn_cli.rep_layers import RepBatchNorm1d, RepBatchNorm2d, RepMixin
-from repbnn_cli.tracer import fetch
 from repbnn_cli.train import measure, reconstruct
 from repbnn_cli.train.feeds import Feed
 from repbnn_cli.train.reconstruct import Fitted

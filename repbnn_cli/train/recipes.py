@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from repbnn_cli import rule_files
 from repbnn_cli.errors import RulesError, UsageError
-from repbnn_cli.train.recipe_models import RecipeFile, Settings
-from repbnn_cli.yaml_marks import (
+from repbnn_cli.rules import rule_files
+from repbnn_cli.rules.yaml_marks import (
     Document,
     Location,
     Problem,
@@ -31,6 +30,7 @@ from repbnn_cli.yaml_marks import (
     text_of,
     validate,
 )
+from repbnn_cli.train.recipe_models import RecipeFile, Settings
 
 if TYPE_CHECKING:
     from repbnn_cli.source import Origin

@@ -31,13 +31,13 @@ from repbnn_cli import rep_layers
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.channels import Compact, Folded, Tiled
 from repbnn_cli.errors import DivergedError, UsageError
-from repbnn_cli.lockstep import last_uses
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.plan import Plan
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import kept_in_eval, modes_kept
-from repbnn_cli.tracer import fetch
 from repbnn_cli.train.measure import estimating, norms_of
 from repbnn_cli.train.units import Unit, Units
+from repbnn_cli.verify.lockstep import last_uses
 
 _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
 

@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import SPATIAL, Compact, Folded, State, Tiled, kind_of_module, operator_name, plain
 from repbnn_cli.graph import kernel_like
+from repbnn_cli.graph.static import static_nodes
+from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.plan import Plan
-from repbnn_cli.rewrite_operators import unfoldable
-from repbnn_cli.static import static_nodes
-from repbnn_cli.tracer import fetch
+from repbnn_cli.surgery.rewrite_operators import unfoldable
 from repbnn_cli.train.writes import Edges, WriteError, as_edges
 
 # What may follow a convolution within its unit: per-channel or elementwise, so that it decides on no other channel.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli.graph import copied_graph
-from repbnn_cli.lockstep import tensors_of
-from repbnn_cli.proxies import set_data
+from repbnn_cli.graph.proxies import set_data
+from repbnn_cli.graph.tracer import execute
 from repbnn_cli.restoring import unchanged
-from repbnn_cli.tracer import execute
+from repbnn_cli.verify.lockstep import tensors_of
 
 
 class WriteError(Exception):

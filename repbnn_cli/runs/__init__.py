@@ -1,0 +1,41 @@
+"""Training runs and sweeps read back from their folders, and experiment files: plain values, no torch."""
+
+from repbnn_cli.runs.records import (
+    ENVIRONMENT,
+    METRICS,
+    RECIPE,
+    RECORD,
+    TIMING,
+    Progress,
+    Reached,
+    RunRecord,
+    StageRecord,
+    begun_by,
+    check_free,
+    folder_of,
+    is_run,
+    json_object,
+    other_rank,
+    read,
+    states,
+)
+
+__all__ = [
+    "ENVIRONMENT",
+    "METRICS",
+    "RECIPE",
+    "RECORD",
+    "TIMING",
+    "Progress",
+    "Reached",
+    "RunRecord",
+    "StageRecord",
+    "begun_by",
+    "check_free",
+    "folder_of",
+    "is_run",
+    "json_object",
+    "other_rank",
+    "read",
+    "states",
+]
