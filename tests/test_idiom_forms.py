@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph, rules
+from repbnn_cli.layers import RPReLU
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Binary layers as papers describe them
@@ -297,6 +298,35 @@ class KernelsOfSeveralLayers(Net):
 
     def body(self, x: Tensor) -> Tensor:
         return self.bn(self.block(x))
+
+
+class KernelBesideLayers(Net):
+    """A block owns a kernel, a threshold and a scale, has an RPReLU, and adds its input."""
+
+    def build(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+                self.move, self.scale = nn.Parameter(torch.randn(1, 8, 1, 1)), nn.Parameter(torch.rand(1, 8, 1, 1))
+                self.activation = RPReLU(8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = F.conv2d(Sign.apply(x + self.move), Sign.apply(self.weight), padding=1) * self.scale
+                return self.activation(y) + x
+
+        self.conv, self.block = Conv(8, 8, 1), Block()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(x))
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+def test_a_block_of_a_kernel_and_other_layers_is_traced_into(beta: int) -> None:
+    plan = transformed(KernelBesideLayers, beta=beta)
+    changed = {e.path: e.action for e in plan.edits}
+    assert changed["block.conv2d_call"] == "rep_conv"
+    assert {"block.move", "block.scale", "block.activation.prelu"} <= set(changed), changed
 
 
 @pytest.mark.parametrize("kind", [KernelsBesidePlainNorms, KernelsOfSeveralLayers])

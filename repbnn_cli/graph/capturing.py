@@ -188,14 +188,16 @@ def random_inputs(model: nn.Module, shapes: Iterable[Sequence[int]], *, seed: in
 
 def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
     """Modules kept whole that may be more than one whole layer: blocks that hold the kernels of several layers, which
-    were seen to apply kernels of different shapes; and what holds a kernel and was not seen to convolve."""
+    were seen to apply kernels of different shapes; blocks of a kernel and of layers with parameters (an RPReLU);
+    and what holds a kernel and was not seen to convolve."""
     found = {}
     for node in graph.nodes:
         if node.op == "call_module":
             module, seen = model.get_submodule(str(node.target)), node.meta.get("convs")
             several = len({(c.kernel_shape, c.groups) for c in seen or []}) > 1
             hidden = seen == [] and any(kernel_like(t) for t in module.parameters())
-            if several or hidden:
+            block = bool(seen) and any(c._parameters for child in module.children() for c in child.modules())
+            if several or hidden or block:
                 found[str(node.target)] = module
     return {p: m for p, m in found.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
 
