@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 
 def blocks(page: str) -> list[str]:
     return BLOCK.findall((ROOT / "docs" / page).read_text("utf-8"))
+
+
+def test_every_room_is_in_the_wheel_and_on_the_map_of_the_house() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = [file.parent.name for file in (ROOT / "repbnn_cli").glob("*/__init__.py")]
+    assert sorted(project["packages"]) == sorted(
+        ["repbnn_cli", "repbnn_cli.rules_data", *(f"repbnn_cli.{folder}" for folder in folders)]
+    )
+    house = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    files = [file.name for file in (ROOT / "repbnn_cli").glob("[!_]*.py")]
+    assert [room for room in (*(f"{folder}/" for folder in folders), *files) if f"`{room}`" not in house] == []
 
 
 def test_the_rule_reference_is_the_models() -> None:
