@@ -146,7 +146,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 def test_memory_stays_flat(tmp_path: Path) -> None:
     program = f"""
 import resource, torch
-from repbnn_cli import checkpoint
+from repbnn_cli import writing
 held = {{"w": torch.ones(25_000_000)}}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 writing.save(held, {str(tmp_path / "a.pt")!r})

@@ -59,6 +59,28 @@ def test_every_kind_of_layer_comes_nearer_to_the_source(kind: str) -> None:
     assert distance(plan, rep, other) < distance(plan, started, other)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_latent_kernels_are_scaled_where_their_signs_alone_count(kind: str, factor: float) -> None:
+    """The outputs stay, those in training, too."""
+    signs_alone = kind != "SignConv2d"  # whose scale is mean|w|
+    plan, rep = made(tiny(conv=getattr(binary_conv, kind)))
+    scaled, given = copy.deepcopy(rep), batches(3, 16)
+    reconstruct.reconstruct(plan, rep, given, steps=5)
+    found = reconstruct.reconstruct(plan, scaled, given, steps=5, latents=factor)
+    assert {unit.path: unit.scaled for unit in found} == {"conv": signs_alone, "fc": False}
+    before, after = rep.state_dict(), scaled.state_dict()
+    kernel = "conv.weight"
+    assert torch.equal(after[kernel], before[kernel] * (factor if signs_alone else 1))
+    assert [n for n in before if n != kernel and not torch.allclose(before[n], after[n], atol=1e-5)] == []
+    for mode in (False, True):
+        outputs = []
+        for network in (rep, scaled):
+            torch.manual_seed(0)  # of a dropout
+            outputs.append(network.train(mode)(given[0]))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 def test_foreign_layers_with_a_residual_are_fitted_up_to_where_their_part_ends() -> None:
     plan, rep = made(Residual())
     found = reconstruct.reconstruct(plan, rep, batches(), steps=30)

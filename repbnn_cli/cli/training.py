@@ -203,6 +203,12 @@ def calibrate_command(
             "--spread", min=0, help="In the fit replicas aim ±SPREAD standard deviations apart (default: 0.5)."
         ),
     ] = None,
+    latents: Annotated[
+        float,
+        typer.Option(
+            "--latents", help="Factor on fitted latent kernels whose signs alone count; smaller ones learn faster."
+        ),
+    ] = 1.0,
     images: Annotated[
         int, typer.Option("--images", min=2, help="Training images to fit on, as far as memory allows.")
     ] = 2048,
@@ -232,6 +238,7 @@ def calibrate_command(
         batches=batches,
         fit=fit,
         spread=spread,
+        latents=latents,
         images=images,
         device=device,
         output=output,

@@ -187,9 +187,11 @@ def evaluate(
 
 def calibrate(
     target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float | None,
-    images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
+    latents: float, images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
+    if not 0 < latents < float("inf"):
+        raise UsageError(f"--latents {latents:g}: expected a factor above 0, such as 0.5; 1 leaves the kernels")
     path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
     writing.check_output(place, force=force)
@@ -198,7 +200,7 @@ def calibrate(
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
     if fit and not pupil.trained and not pupil.opened.payload["source_tensors"]:
         raise UsageError(f"{path}: holds no source network to fit to (--slim); --fit 0 does without")
-    prepare = _preparation(pupil, batches=batches, fit=fit, spread=spread, images=images)
+    prepare = _preparation(pupil, batches=batches, fit=fit, spread=spread, latents=latents, images=images)
     dataset = pupils.dataset(data, pupil.origin)
     chosen = pupils.recipe_of(pupil, recipe)
     where = pupils.device_of(device)
@@ -238,7 +240,8 @@ def _spreading(pupil: Pupil, spread: float) -> Preparation:
 
 
 def _preparation(
-    pupil: Pupil, *, batches: int, fit: int, spread: float | None, images: int = Preparation.images, alone: bool = True
+    pupil: Pupil, *, batches: int, fit: int, spread: float | None, latents: float = Preparation.latents,
+    images: int = Preparation.images, alone: bool = True,
 ) -> Preparation:  # fmt: skip
     """What the weights of a result still have to go through, and why less than asked for; alone: in one process.
 
@@ -268,8 +271,10 @@ def _preparation(
     if spread and not quantised:
         raise UsageError("--spread: no layer of this network quantises what it takes, so it has no thresholds to part")
     width = (APART if quantised else 0.0) if spread is None else spread
-    return Preparation(batches, plan, fit, images, width, on_note=views.say, on_unit=lambda u: views.say(
-        run_views.fitted_line(u.path, u.before, u.after)))  # fmt: skip
+    return Preparation(
+        batches, plan, fit, images, width, latents, on_note=views.say,
+        on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
+    )  # fmt: skip
 
 
 def _calibrated(path: Path) -> Path:

@@ -24,6 +24,8 @@ def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
         "of the values behind a convolution to the source's, over their variance."
         + (f" The replicas of a channel aimed from {-spread:g} to {spread:g} standard deviations of it beside the "
            "source's values (`--spread`), and the distance is to that." if spread else "")
+        + (f" Latent kernels whose signs alone count were then scaled by {prepared['latents']:g} (`--latents`)."
+           if "latents" in prepared else "")
     )  # fmt: skip
     curves = [
         charts.Line(name, tuple((float(i), 100 * values[side]) for i, values in enumerate(fit.values(), 1)), style)

@@ -34,7 +34,7 @@ class Preparation:
 
     images: training images to fit on, without labels, or as many as memory holds; batches: of training images over
     which BatchNorm statistics are then estimated, 0 for none. spread: how far replicas start apart, 0 for not at all;
-    with a fit see reconstruct, without one spread_shifts.
+    with a fit see reconstruct, without one spread_shifts. latents: factor on fitted latent kernels, see reconstruct.
     on_note, on_unit: hear what happens.
     """
 
@@ -43,6 +43,7 @@ class Preparation:
     fit: int = 200
     images: int = 2048
     spread: float = 0.0
+    latents: float = 1.0
     on_note: Callable[[str], None] | None = None
     on_unit: Callable[[Fitted], None] | None = None
 
@@ -54,7 +55,9 @@ class Preparation:
     def key(self) -> dict[str, float]:
         """What the prepared weights depend on, beside network, data and seed."""
         fitted = self.plan is not None
-        key = {"batches": self.batches, "fit": self.fit if fitted else 0, "images": self.images if fitted else 0}
+        key: dict[str, float] = {"batches": self.batches}
+        key |= {"fit": self.fit if fitted else 0, "images": self.images if fitted else 0}
+        key |= {"latents": self.latents} if fitted and self.fit else {}
         return key | ({"spread": self.spread} if self.spread else {})
 
     def __call__(
@@ -80,15 +83,21 @@ class Preparation:
             self.plan.network.module.to(measure.device_of(network))
             left: dict[str, list[str]] = {}
             units = reconstruct.reconstruct(
-                self.plan, network, batches, steps=self.fit, spread=self.spread, on_unit=heard,
+                self.plan, network, batches, steps=self.fit, spread=self.spread, latents=self.latents, on_unit=heard,
                 on_left=lambda path, why: left.setdefault(why, []).append(path),
             )  # fmt: skip
             if left and self.on_note is not None:
                 reasons = "; ".join(f"{some(paths)}: {why}" for why, paths in left.items())
-                count = sum(map(len, left.values()))
                 every = {unit.path for unit in units}.union(*left.values())
-                self.on_note(f"{count} of {len(every)} layers keep what they inherited ({reasons})")
+                kept = sum(map(len, left.values()))
+                self.on_note(f"{kept} of {len(every)} layers keep what they inherited ({reasons})")
             facts = {"fit_steps": self.fit, "fit_images": count, "fit": {u.path: [u.before, u.after] for u in units}}
+            scaled = sum(unit.scaled for unit in units)
+            if scaled:
+                facts["latents"] = self.latents
+            if self.latents != 1 and self.on_note is not None:
+                rest = "; what the others compute depends on their size" if scaled < len(units) else ""
+                self.on_note(f"latent kernels × {self.latents:g} in {scaled} of {len(units)} fitted layers{rest}")
         if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
             spread_shifts(network, self.spread)

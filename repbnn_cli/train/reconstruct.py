@@ -8,7 +8,8 @@ here, one convolution after the other in the order of the forward, so that the s
 
 e is the last value that the convolution alone decides on: behind its BatchNorm, its sum with the bypass, its
 activation. x is what the layers before, fitted already, really give, so each layer also makes up for the errors of
-those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way.
+those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way. Where a
+layer depends on the signs of its kernel alone, the latent kernel is made smaller afterwards: it learns faster.
 The targets of a channel's replicas may be set apart, so that each replica has a threshold of its own.
 docs/inheritance.md has what it is worth.
 """
@@ -40,6 +41,7 @@ from repbnn_cli.train.units import Unit, Units
 from repbnn_cli.verify.lockstep import last_uses
 
 _KERNEL_RATE, _OTHER_RATE, _LEAST = 0.1, 0.01, 0.1
+_SAME = 1e-4  # of the largest value: rounding; one flipped sign changes more
 
 MEMORY = 4 * 2**30
 """Bytes that the values of all images together may take."""
@@ -53,12 +55,14 @@ Chunks = list[Any]  # the values of a node, one per batch of images
 class Fitted:
     """One convolution: the share of the target's variance that its unit missed, on the images used.
 
-    before: with the kernel as it was, its BatchNorm by least squares; after: fitted.
+    before: with the kernel as it was, its BatchNorm by least squares; after: fitted. scaled: whether its latent kernel
+    was scaled.
     """
 
     path: str
     before: float
     after: float
+    scaled: bool = False
 
 
 def reconstruct(
@@ -68,6 +72,7 @@ def reconstruct(
     *,
     steps: int = 200,
     spread: float = 0.0,
+    latents: float = 1.0,
     on_unit: Callable[[Fitted], None] | None = None,
     on_left: Callable[[str, str], None] | None = None,
 ) -> list[Fitted]:
@@ -78,11 +83,12 @@ def reconstruct(
     statistics of BatchNorms that the network keeps in eval mode; on_left hears of each convolution that is left as it
     is, and why. spread: replicas of a channel aim from so many of its standard deviations below the
     source's values to so many above, where a BatchNorm behind the convolution has a shift for each of them.
+    latents: factor on each fitted latent kernel whose size no value depends on, neither in eval mode nor in training.
     Afterwards rep is in eval mode.
     """
     rep.eval()
     plan.network.module.eval()
-    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(0), spread, on_unit, on_left)
+    fitting = _Fitting(plan, rep, batches, steps, torch.Generator().manual_seed(0), spread, latents, on_unit, on_left)
     with _mid_schedule(rep):
         fitting.run()
     return fitting.done
@@ -115,10 +121,12 @@ def batches_for(plan: Plan, batches: Iterable[tuple[Tensor, Tensor]], images: in
 class _Fitting:
     def __init__(
         self, plan: Plan, rep: fx.GraphModule, batches: list[Tensor], steps: int, random: torch.Generator,
-        spread: float, on_unit: Callable[[Fitted], None] | None, on_left: Callable[[str, str], None] | None,
+        spread: float, latents: float, on_unit: Callable[[Fitted], None] | None,
+        on_left: Callable[[str, str], None] | None,
     ) -> None:  # fmt: skip
         self.plan, self.rep, self.source = plan, rep, plan.network
-        self.steps, self.random, self.spread, self.on_unit = steps, random, spread, on_unit
+        self.steps, self.random, self.spread, self.latents = steps, random, spread, latents
+        self.on_unit = on_unit
         self.on_left = on_left or (lambda path, why: None)
         self.units = Units(plan, rep, batches[0][:2], self.on_left)
         self.kept = set(kept_in_eval(rep).values())
@@ -192,6 +200,8 @@ class _Fitting:
             with torch.no_grad():
                 for parameter, value in zip(parameters, start, strict=True):
                     parameter.copy_(value)
+        kernels = [k for k in self.units.kernels(unit) if any(k is p for p in parameters)]
+        scaled = self.latents != 1 and bool(kernels) and self._scale(unit, kernels, modules)
         with estimating(self._estimated(modules)):
             for chunk in range(len(wanted)):
                 with torch.no_grad():
@@ -201,7 +211,7 @@ class _Fitting:
             self.values.pop(node, None)
         for node in [n for n in self.targets if n.users and self.computed.issuperset(n.users)]:
             del self.targets[node]
-        self.done.append(Fitted(unit.path, before, after))
+        self.done.append(Fitted(unit.path, before, after, scaled))
         if self.on_unit is not None:
             self.on_unit(self.done[-1])
         return None
@@ -253,6 +263,27 @@ class _Fitting:
         with torch.no_grad():
             missed = torch.cat(missing)
             module.bias.add_(missed.mean(_all_but_channels(missed)) * _shift_per_miss(slopes))
+
+    @torch.no_grad()
+    def _scale(self, unit: Unit, kernels: list[Tensor], modules: list[nn.Module]) -> bool:
+        """Scales latent kernels if the unit's values stay what they are; whether it did."""
+
+        def training() -> Tensor:
+            with self._training(modules):
+                return self._end(unit, 0)
+
+        def same(one: Tensor, other: Tensor) -> bool:
+            return bool((one - other).abs().max() <= _SAME * one.abs().max())
+
+        kept = [kernel.clone() for kernel in kernels]
+        in_training, in_eval = training(), self._end(unit, 0)  # in this order: training moves the statistics
+        for kernel in kernels:
+            kernel.mul_(self.latents)
+        if same(in_eval, self._end(unit, 0)) and same(in_training, training()):
+            return True
+        for kernel, value in zip(kernels, kept, strict=True):
+            kernel.copy_(value)
+        return False
 
     def _estimated(self, modules: list[nn.Module]) -> list[nn.Module]:
         """The normalisations in them whose statistics are estimated anew."""
