@@ -141,8 +141,10 @@ def test_inherited_weights_are_fitted_apart(capsys: pytest.CaptureFixture[str]) 
     assert (prepared["spread"], prepared["fit_steps"]) == (0.5, 20)
     assert run(["report", "apart.pt", *own[:2], "--markdown"]) == 0
     assert "aimed from -0.5 to 0.5 standard deviations of it beside the source's" in capsys.readouterr().out
-    assert run(["calibrate", "apart.pt", *own, *fit, "--spread", "0.5", "-o", "again.pt"]) == 2
-    assert "but this network was fitted before\n" in capsys.readouterr().err
+    for option in ("--spread", "--latents"):
+        assert run(["calibrate", "apart.pt", *own, *fit, option, "0.5", "-o", "again.pt"]) == 2
+        assert f"{option}: of inherited weights" in (said := capsys.readouterr().err)
+        assert "but this network was fitted before\n" in said
     quick = ["--set", "augmentation=none", "--set", "batch=256", "--epochs", "1", "--run-dir", "r"]
     assert run(["finetune", "fold.pt", *own, "--fit", "2", *quick]) == 0
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]

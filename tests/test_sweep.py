@@ -114,9 +114,9 @@ def test_some_of_the_cells(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_variant_may_spread(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "tiny.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0.5,"), "utf-8")
+    (here / "tiny.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0.5, latents: 0.25,"), "utf-8")
     assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0
-    assert "--spread 0.5" in capsys.readouterr().out.splitlines()[3]
+    assert "--spread 0.5 --latents 0.25" in capsys.readouterr().out.splitlines()[3]
     (here / "none.yaml").write_text(TEXT.replace("beta: 4,", "beta: 4, spread: 0,"), "utf-8")
     assert run(["sweep", "none.yaml", "--dry-run"]) == 0
     assert "--spread 0" in capsys.readouterr().out.splitlines()[3]

@@ -66,6 +66,12 @@ Spread = Annotated[
         "(default: from scratch 0, try 0.75; in a fit 0.5).",
     ),
 ]  # fmt: skip
+Latents = Annotated[
+    float | None,
+    typer.Option(
+        "--latents", help="Behind the fit, factor on latent kernels whose signs alone count; small ones learn faster."
+    ),
+]
 TrainingBackend = Annotated[
     str, typer.Option("--backend", help="What runs binary convolutions: torch, int8 (CPU, exact), triton, or auto.")
 ]

@@ -16,6 +16,7 @@ from repbnn_cli.cli.options import (
     InputSize,
     Json,
     Key,
+    Latents,
     Model,
     ModelArgs,
     Spread,
@@ -93,6 +94,7 @@ def finetune(
         ),
     ] = None,
     spread: Spread = None,
+    latents: Latents = None,
     arch: Arch = None,
     model: Model = None,
     model_args: ModelArgs = None,
@@ -142,7 +144,7 @@ def finetune(
     training.finetune(
         target, data=data, recipe=recipe, epochs=epochs, sets=sets or [], stages=stages or [], seed=seed, device=device,
         run_dir=run_dir, resume=resume, distill=distill, teacher=teacher, teacher_arch=teacher_arch,
-        teacher_model=teacher_model, calibrate=calibrate, fit=fit, spread=spread,
+        teacher_model=teacher_model, calibrate=calibrate, fit=fit, spread=spread, latents=latents,
         origin=_origin(arch, model, model_args, input_size, key, unsafe),
         save_every=save_every, eval_batch=eval_batch, workers=workers, cuda_graph=cuda_graph, backend=backend,
         gradients=gradients, compile_mode=compile_mode, tensorboard=tensorboard, output=output, force=force,
@@ -203,12 +205,7 @@ def calibrate_command(
             "--spread", min=0, help="In the fit replicas aim ±SPREAD standard deviations apart (default: 0.5)."
         ),
     ] = None,
-    latents: Annotated[
-        float,
-        typer.Option(
-            "--latents", help="Factor on fitted latent kernels whose signs alone count; smaller ones learn faster."
-        ),
-    ] = 1.0,
+    latents: Latents = None,
     images: Annotated[
         int, typer.Option("--images", min=2, help="Training images to fit on, as far as memory allows.")
     ] = 2048,

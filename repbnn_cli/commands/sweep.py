@@ -137,6 +137,8 @@ def _steps(
         train += ["--fit", str(variant.fit)]
     if variant.spread is not None:
         train += ["--spread", str(variant.spread)]
+    if variant.latents is not None:
+        train += ["--latents", str(variant.latents)]
     if device:
         train += ["--device", device]
     if (run_dir / runs.RECORD).exists():

@@ -23,7 +23,7 @@ from repbnn_cli.kernels import choose
 from repbnn_cli.logits import checked_logits
 from repbnn_cli.rep_layers import RepMixin
 from repbnn_cli.train import backends, compiled, engine, feeds, measure, memory, recipes
-from repbnn_cli.train.inheritance import APART, Preparation, spreadable
+from repbnn_cli.train.inheritance import APART, LATENTS, Preparation, spreadable
 from repbnn_cli.train.ranks import joined
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.train.scalars import scalars
@@ -36,12 +36,13 @@ def finetune(
     target: str | None, *, data: str | None, recipe: str | None, epochs: int | None, sets: list[str], stages: list[str],
     seed: int, device: str, run_dir: str | None, resume: bool, distill: float | None, teacher: str | None,
     teacher_arch: str | None, teacher_model: str | None, calibrate: int | None, fit: int | None, spread: float | None,
-    origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool, backend: str,
-    gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
+    latents: float | None, origin: Mapping[str, Any], save_every: int, eval_batch: int, workers: int, cuda_graph: bool,
+    backend: str, gradients: str, compile_mode: str, tensorboard: bool, output: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a result, a trained checkpoint, or a zoo network from scratch, by a recipe. origin: see `pupils.load`."""
     targets.check_output(output, force=force)
     # What cannot run is said before anything is loaded.
+    _check_latents(latents)
     backends.choose(pupils.device_of(device), backend, gradients)
     compiled.check_mode(compile_mode)
     pupils.check_once(sets, {"epochs": epochs, "distillation.weight": distill})
@@ -51,8 +52,8 @@ def finetune(
     pupil = pupils.load(target, **origin)
     if pupil.packed is not None:
         raise UsageError(f"{target}: is a packed network, whose latent weights are gone; train the result it came from")
-    if not pupil.inherited and (calibrate or fit):
-        option = "--calibrate" if calibrate else "--fit"
+    if not pupil.inherited and (calibrate or fit or latents is not None):
+        option = "--calibrate" if calibrate else "--fit" if fit else "--latents"
         raise UsageError(f"{option}: is for weights that `repbnn transform` inherited; {pupil.name} has none")
     calibrate, fit = 50 if calibrate is None else calibrate, Preparation.fit if fit is None else fit
     if output is not None and Path(output).suffix == ".safetensors" and pupil.opened is None:
@@ -75,8 +76,10 @@ def finetune(
         watcher = run_views.watcher(lengths) if ranks.first else None
         stack.enter_context(watcher or nullcontext())
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
-        if pupil.inherited and (calibrate or fit or spread):
-            prepare = _preparation(pupil, batches=calibrate, fit=fit, spread=spread, alone=ranks.size == 1)
+        if pupil.inherited and (calibrate or fit or spread or latents is not None):
+            prepare = _preparation(
+                pupil, batches=calibrate, fit=fit, spread=spread, latents=latents, alone=ranks.size == 1
+            )
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
             prepare=prepare, package=pupil.package(),
@@ -187,11 +190,10 @@ def evaluate(
 
 def calibrate(
     target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float | None,
-    latents: float, images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
+    latents: float | None, images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
-    if not 0 < latents < float("inf"):
-        raise UsageError(f"--latents {latents:g}: expected a factor above 0, such as 0.5; 1 leaves the kernels")
+    _check_latents(latents)
     path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
     writing.check_output(place, force=force)
@@ -229,6 +231,11 @@ def calibrate(
     views.say((f"BatchNorm estimated anew on {seen} batches; " if seen else "") + f"wrote {place}")
 
 
+def _check_latents(latents: float | None) -> None:
+    if latents is not None and not 0 < latents < float("inf"):
+        raise UsageError(f"--latents {latents:g}: expected a factor above 0, such as 0.5; 1 leaves the kernels")
+
+
 def _spreading(pupil: Pupil, spread: float) -> Preparation:
     """`--spread`, and how much of the network it reaches. Raises UsageError where it has no place."""
     if pupil.beta is None or pupil.trained:
@@ -240,12 +247,12 @@ def _spreading(pupil: Pupil, spread: float) -> Preparation:
 
 
 def _preparation(
-    pupil: Pupil, *, batches: int, fit: int, spread: float | None, latents: float = Preparation.latents,
+    pupil: Pupil, *, batches: int, fit: int, spread: float | None, latents: float | None,
     images: int = Preparation.images, alone: bool = True,
 ) -> Preparation:  # fmt: skip
     """What the weights of a result still have to go through, and why less than asked for; alone: in one process.
 
-    spread: None for that of a fit, where there is one. Raises UsageError for a spread without the fit that makes it.
+    spread, latents: None for a fit's own, where there is one. Raises UsageError where they are asked for without it.
     """
     assert pupil.opened is not None
     reason = None
@@ -261,9 +268,9 @@ def _preparation(
         reason = "its source has no trained weights"
     elif any(p.dtype == torch.float16 for p in pupil.network.parameters()):
         reason = "its weights are in float16, too coarse for the steps of a fit"
-    if spread and (reason is not None or not fit):
-        why = reason or "--fit 0 leaves that out"
-        raise UsageError(f"--spread: of inherited weights it is a part of the fit to the source network, but {why}")
+    if (spread or latents is not None) and (reason is not None or not fit):
+        option, why = "--spread" if spread else "--latents", reason or "--fit 0 leaves that out"
+        raise UsageError(f"{option}: of inherited weights it is a part of the fit to the source network, but {why}")
     if fit and reason is not None:
         views.say(f"not fitted to the source network: {reason}")
     plan = pupil.opened.plan if fit and reason is None else None
@@ -272,7 +279,7 @@ def _preparation(
         raise UsageError("--spread: no layer of this network quantises what it takes, so it has no thresholds to part")
     width = (APART if quantised else 0.0) if spread is None else spread
     return Preparation(
-        batches, plan, fit, images, width, latents, on_note=views.say,
+        batches, plan, fit, images, width, LATENTS if latents is None else latents, on_note=views.say,
         on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
     )  # fmt: skip
 

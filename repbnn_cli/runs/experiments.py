@@ -49,6 +49,7 @@ class Variant(BaseModel):
     distill: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Weight of learning from the source network.")
     fit: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps per convolution that first fit it.")
     spread: Annotated[float, Field(ge=0)] | None = Field(None, description="How far its copies start apart, ±.")
+    latents: Annotated[float, Field(gt=0)] | None = Field(None, description="Factor on fitted latent kernels.")
     set: tuple[Text, ...] = Field((), description="Overrides of the recipe, KEY=VALUE.")
     table: Text | None = Field(None, description="The paper's table, where it is not the file's.")
     setting: Text | None = Field(None, description="The paper's row, by its setting, e.g. β = 4.")

@@ -26,6 +26,8 @@ from repbnn_cli.wording import some
 
 APART = 0.5
 """Standard deviations by which replicas aim beside the source's values in a fit, if not said; docs/inheritance.md."""
+LATENTS = 1.0
+"""Factor on fitted latent kernels whose signs alone count, if not said; docs/inheritance.md."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Preparation:
     fit: int = 200
     images: int = 2048
     spread: float = 0.0
-    latents: float = 1.0
+    latents: float = LATENTS
     on_note: Callable[[str], None] | None = None
     on_unit: Callable[[Fitted], None] | None = None
 
