@@ -177,6 +177,11 @@ def accuracies(arch: Arch) -> tuple[Accuracy, ...]:
     return tuple(a for a in _ALL if _is(a, arch))
 
 
+def same_data(stated: str, name: str) -> bool:
+    """Whether a data set by its name here (`--data`) is the one that the paper names so."""
+    return stated.lower().replace("-", "") == name
+
+
 def settings() -> dict[str, tuple[str, ...]]:
     """The tables with accuracies, each with what its rows vary ("" for the paper's default)."""
     return {row.table: tuple(dict.fromkeys(r.setting for r in _ALL if r.table == row.table)) for row in _ALL}

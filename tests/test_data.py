@@ -103,7 +103,7 @@ def test_a_folder_may_have_any_classes_and_sizes_and_val_for_test(tmp_path: Path
     assert found.name == "folder"
     assert found.classes == ("a", "b", "ü")
     assert found.train.images.shape == found.test.images.shape == (12, 3, 12, 20)
-    assert found.notes == ("1 files that are no images were left out, e.g. train/a/list.txt",)
+    assert found.notes == ("1 files that are no images of a class were left out, e.g. train/a/list.txt",)
 
 
 def test_paths_of_images() -> None:

@@ -387,6 +387,54 @@ def test_a_run_stopped_while_it_fits_inherited_weights_begins_again(tmp_path: Pa
         assert torch.equal(again.module.state_dict()[name], tensor), name
 
 
+def test_a_run_that_fails_in_its_preparation_leaves_the_folder_free(tmp_path: Path) -> None:
+    opened = made_result(tmp_path / "rep.repbnn.pt")
+    with pytest.raises(UsageError, match="takes two images at a time"):
+        trained_on(opened, tmp_path / "run", prepare=Preparation(1, opened.plan, fit=1, images=1))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock", "checkpoints"}
+    assert trained_on(opened, tmp_path / "run", prepare=Preparation(1)).rows[-1]["epoch"] == 1
+
+
+class Counting(Tiny):
+    """Its own code counts forwards of training in a buffer that state dicts leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return super().forward(x) * (1 + self.seen / 10)
+
+
+def test_buffers_that_state_dicts_leave_out_are_resumed_too(tmp_path: Path) -> None:
+    def counting(seed: int) -> Counting:
+        torch.manual_seed(seed)
+        return Counting()
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.batch) == (2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = run(tmp_path / "whole", network=counting(0))
+    with pytest.raises(StoppedError):
+        run(tmp_path / "run", network=counting(0), on_step=stop, options=engine.Options(log_every=1))
+    resumed = run(tmp_path / "run", network=counting(3), resume=True, options=engine.Options(log_every=1))
+    assert resumed.rows == whole.rows[1:]
+
+
+def test_a_float_stage_says_so_in_its_networks(tmp_path: Path) -> None:
+    """What is measured before the first step is measured with float kernels, too."""
+    still = recipes.loads(TEXT.replace("lr: 0.05", "lr: 1e-12") + "stages: {a: {kernels: float}}", "still.yaml")
+    outcome = engine.finetune(tiny(), toy(), still, tmp_path / "run", prepare=Preparation(4))
+    before, *_, after = outcome.rows
+    assert before["epoch"] == 0
+    assert before["test_loss"] == pytest.approx(after["test_loss"], rel=0.2)
+    assert torch.load(outcome.best, weights_only=True)["kernels"] == "float"
+
+
 def test_images_in_folders_are_a_feed_too(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     for part, count in (("train", 6), ("val", 3)):

@@ -56,7 +56,7 @@ def test_every_variant_of_a_table_has_its_figure_in_the_paper() -> None:
         made = experiments.load(str(file))
         for network in made.file.networks:
             for name in made.file.variants:
-                row = sweeps._row(made, {}, network, name, "raw")
+                row = sweeps._row(made, Budget("cifar10:DIR", 2), {}, network, name, "raw")
                 # Table 4 has no source figure, and Table 7 no IR-Net ResNet-18.
                 assert row.published is not None or (file.stem, name) == ("table-4", "raw"), (file.stem, network, name)
 
@@ -121,8 +121,12 @@ def test_a_variant_may_spread(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["sweep", "none.yaml", "--dry-run"]) == 0
     assert "--spread 0" in capsys.readouterr().out.splitlines()[3]
     made = experiments.load("tiny.yaml")
-    assert sweeps._row(made, {}, "irnet_resnet20", "raw", "raw").published is not None
-    assert sweeps._row(made, {}, "irnet_resnet20", "beta-4", "raw").published is None  # nothing of the paper's
+    found = {
+        (data, name): sweeps._row(made, Budget(data, 2), {}, "irnet_resnet20", name, "raw").published
+        for data in ("cifar10:DIR", "digits") for name in ("raw", "beta-4")
+    }  # fmt: skip
+    # Nothing of the paper's beside copies apart, nor beside figures of other images.
+    assert [key for key, published in found.items() if published is not None] == [("cifar10:DIR", "raw")]
 
 
 def run_in(folder: Path, top1: list[float], epochs: int | None = None) -> None:
@@ -141,7 +145,7 @@ def run_in(folder: Path, top1: list[float], epochs: int | None = None) -> None:
 
 def test_the_table_has_means_spreads_and_gains_paired_by_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = here / "runs" / "tiny"
-    sweeps.begin(folder, experiments.load("tiny.yaml"), Budget("digits", 2))
+    sweeps.begin(folder, experiments.load("tiny.yaml"), Budget("cifar10:DIR", 2))
     for name, top1 in {"raw-seed3": [80, 70], "raw-seed5": [82, 84], "beta-4-seed3": [79, 83]}.items():
         run_in(folder / f"irnet_resnet20-{name}", [float(t) for t in top1])
     raw, rep = sweeps.read(folder).rows
@@ -299,12 +303,12 @@ def sweep_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_another_sweep_in_the_folder_is_refused(here: Path) -> None:
     folder = here / "runs" / "tiny"
     experiment = experiments.load("tiny.yaml")
-    sweeps.begin(folder, experiment, Budget("digits", 2))
-    sweeps.begin(folder, experiment, Budget("digits", 2))
+    sweeps.begin(folder, experiment, Budget("cifar10:DIR", 2))
+    sweeps.begin(folder, experiment, Budget("cifar10:DIR", 2))
     with pytest.raises(UsageError, match=r"changed: epochs \(was 2, is 3\)"):
-        sweeps.begin(folder, experiment, Budget("digits", 3))
+        sweeps.begin(folder, experiment, Budget("cifar10:DIR", 3))
     with pytest.raises(UsageError, match="changed: the experiment file"):
-        sweeps.begin(folder, experiments.loads(TEXT + "\n", "tiny.yaml"), Budget("digits", 2))
+        sweeps.begin(folder, experiments.loads(TEXT + "\n", "tiny.yaml"), Budget("cifar10:DIR", 2))
     with pytest.raises(UsageError, match="holds no sweep"):
         sweeps.read(here)
 

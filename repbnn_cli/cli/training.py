@@ -207,8 +207,9 @@ def calibrate_command(
     ] = None,
     latents: Latents = None,
     images: Annotated[
-        int, typer.Option("--images", min=2, help="Training images to fit on, as far as memory allows.")
-    ] = 2048,
+        int | None,
+        typer.Option("--images", min=2, help="Training images to fit on, as far as memory allows (default: 2048)."),
+    ] = None,
     device: Device = "auto",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="NAME-calibrated, with its ending, if not given.")

@@ -136,12 +136,15 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
     accuracy, whose = None, ""
     arch = registry.ARCHS.get(looked.origin.arch or "")
     if looked.opened is not None:
-        accuracy, whose = looked.opened.payload.get("training", {}).get("top1"), "measured after training it"
+        training = looked.opened.payload.get("training", {})
+        accuracy = training.get("top1") if training.get("kernels") != "float" else None
+        whose = f"measured on {training.get('measured', training).get('data', 'its data')}"
+        whose += " after training it" if "recipe" in training else ""
     elif looked.file is not None:
         stated = looked.file.accuracy
         accuracy, whose = (stated.percent, f"stated in the file ({stated.key})") if stated else (None, "")
     elif arch is not None and (published := paper.accuracy(arch)) is not None:
-        accuracy, whose = published.raw, f"published, RepBNN {published.table}"
+        accuracy, whose = published.raw, f"published for {arch.data}, RepBNN {published.table}"
     name = Path(looked.target).name if looked.file or looked.opened else looked.target
     return side_by_side.Entry(
         name, looked.name, made.totals, accuracy, whose if accuracy is not None else "", made.omissions

@@ -131,9 +131,11 @@ def load(
 
 def check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None:
     """A UsageError for a key of the recipe that `--set`, of a stage too, and an option of its own both give."""
-    for name in (change.partition("=")[0].strip() for change in sets):
+    for name, _, value_text in (change.partition("=") for change in sets):
+        name = name.strip()
         key = name.split(".", 2)[-1] if name.startswith("stages.") else name
         key = "epochs" if key == "iterations" else key  # a length, too
+        key = "distillation.weight" if key == "distillation" and "weight" in value_text else key
         if (value := options.get(key)) is not None:
             option = "--distill" if key == "distillation.weight" else f"--{key}"
             raise UsageError(f"{option} {value:g} and --set {name}=...: say the same twice; give one of them")
@@ -199,6 +201,9 @@ def teacher_of(
                 "--distill: the teacher is the source network in a result file (one not made with --slim), or what "
                 "--teacher names"
             )
+        if pupil.opened.payload["source"]["sha256"] is None:
+            raise UsageError("--distill: the source network in this result has no trained weights; name a teacher that "
+                             "has with --teacher")  # fmt: skip
         return pupil.opened.network.module
     if not any(stage.distillation.weight for stage in recipe.stages):
         raise UsageError(f"--teacher {file}: recipe {recipe.name} learns from no teacher; add --distill WEIGHT, 0 to 1")

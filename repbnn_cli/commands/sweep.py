@@ -79,7 +79,14 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         pupils.device_of(device)
     check_spec(budget.data)
     made = experiment.file
-    for variant in made.variants.values():
+    for name, variant in made.variants.items():
+        fitting = {"fit": variant.fit, "latents": variant.latents} if variant.inherit == "none" else {}
+        if not variant.transforms:
+            fitting = {key: getattr(variant, key) for key in ("distill", "fit", "spread", "latents")}
+        for key, value in fitting.items():
+            if value:
+                what = "inherits nothing" if variant.transforms else "is not transformed"
+                raise UsageError(f"{made.name}: variants.{name}.{key}: has no meaning for a network that {what}")
         sets = (*variant.set, *budget.sets)
         pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
     for network in made.networks:

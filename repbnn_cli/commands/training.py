@@ -176,6 +176,10 @@ def evaluate(
     if chosen.name == "int8":
         backends.check(pupil.network, backend)
     dataset = pupils.dataset(data, pupil.origin)
+    if pupil.opened is not None and pupil.opened.payload.get("training", {}).get("kernels") == "float":
+        views.say(
+            "note: was trained with float kernels so far; with its binary ones, measured here, it knows nothing yet"
+        )
     pupil.network.to(where)
     fused = fuse(*pupil.captured(), chosen) if chosen.name == "triton" else None
     views.say(*kernel_views.backend_lines(chosen, fused))
@@ -190,7 +194,8 @@ def evaluate(
 
 def calibrate(
     target: str | None, *, data: str | None, recipe: str | None, batches: int, fit: int, spread: float | None,
-    latents: float | None, images: int, device: str, output: str | None, force: bool, model: str | None, as_json: bool,
+    latents: float | None, images: int | None, device: str, output: str | None, force: bool, model: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a fresh result to its source, re-estimate its BatchNorm statistics on training images, and write it again."""
     _check_latents(latents)
@@ -221,9 +226,12 @@ def calibrate(
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     earlier = pupil.opened.payload.get("training", {})
     about = {
-        **earlier, "recipe_text": chosen.text, "inherited": {**pupil.prepared, **inherited}, "data": dataset.name,
-        "data_fingerprint": dataset.fingerprint, "data_notes": list(dataset.notes), "top1": found.top1,
+        "recipe_text": chosen.text, "data": dataset.name, "data_fingerprint": dataset.fingerprint, **earlier,
+        "inherited": {**pupil.prepared, **inherited}, "top1": found.top1,
+        "data_notes": list(dict.fromkeys((*earlier.get("data_notes", []), *dataset.notes))),
     }  # fmt: skip
+    if pupil.trained:
+        about |= {"measured": {"data": dataset.name, "recipe": chosen.name}, "kernels": "binary"}
     result.save(result.with_tensors(pupil.opened.payload, tensors, about), place, force=force)
     views.say(*views.left_out_lines(place, pupil.opened.payload))
     _show_evaluation(pupil.name, dataset, found, as_json=as_json)
@@ -248,11 +256,12 @@ def _spreading(pupil: Pupil, spread: float) -> Preparation:
 
 def _preparation(
     pupil: Pupil, *, batches: int, fit: int, spread: float | None, latents: float | None,
-    images: int = Preparation.images, alone: bool = True,
+    images: int | None = None, alone: bool = True,
 ) -> Preparation:  # fmt: skip
     """What the weights of a result still have to go through, and why less than asked for; alone: in one process.
 
-    spread, latents: None for a fit's own, where there is one. Raises UsageError where they are asked for without it.
+    spread, latents, images: None for a fit's own, where there is one. Raises UsageError where they are asked for
+    without it.
     """
     assert pupil.opened is not None
     reason = None
@@ -268,8 +277,10 @@ def _preparation(
         reason = "its source has no trained weights"
     elif any(p.dtype == torch.float16 for p in pupil.network.parameters()):
         reason = "its weights are in float16, too coarse for the steps of a fit"
-    if (spread or latents is not None) and (reason is not None or not fit):
-        option, why = "--spread" if spread else "--latents", reason or "--fit 0 leaves that out"
+    asked = {"--spread": spread or None, "--latents": latents, "--images": images}
+    option = next((name for name, value in asked.items() if value is not None), None)
+    if option is not None and (reason is not None or not fit):
+        why = reason or "--fit 0 leaves that out"
         raise UsageError(f"{option}: of inherited weights it is a part of the fit to the source network, but {why}")
     if fit and reason is not None:
         views.say(f"not fitted to the source network: {reason}")
@@ -279,8 +290,8 @@ def _preparation(
         raise UsageError("--spread: no layer of this network quantises what it takes, so it has no thresholds to part")
     width = (APART if quantised else 0.0) if spread is None else spread
     return Preparation(
-        batches, plan, fit, images, width, LATENTS if latents is None else latents, on_note=views.say,
-        on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
+        batches, plan, fit, images or Preparation.images, width, LATENTS if latents is None else latents,
+        on_note=views.say, on_unit=lambda u: views.say(run_views.fitted_line(u.path, u.before, u.after)),
     )  # fmt: skip
 
 

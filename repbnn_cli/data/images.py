@@ -46,6 +46,13 @@ def place_of(name: str) -> Place | None:
     return Place(root, split, label, file)
 
 
+def _is_deeper(name: str) -> bool:
+    """Whether an image lies in a folder of a class: ``any/train/cat/young/0001.png``."""
+    *folders, file = name.split("/")
+    hidden = file.startswith(".") or "__MACOSX" in folders
+    return not hidden and os.path.splitext(file)[1].lower() in SUFFIXES and bool({TRAIN, *TESTS} & {*folders[:-2]})
+
+
 class ImageTree:
     """Collects encoded images one by one, decodes them in threads meanwhile, and makes the data set of them.
 
@@ -75,6 +82,8 @@ class ImageTree:
         """Take the file if it is an image of the set; what lies beside the images and is none gets into the notes."""
         place = place_of(entry.name)
         if place is None:
+            if _is_deeper(entry.name):
+                self._ignored.append(entry.name)
             return
         if os.path.splitext(place.file)[1].lower() not in SUFFIXES:
             self._ignored.append(entry.name)
@@ -153,7 +162,9 @@ class ImageTree:
         for kind in sorted(filter(None, lossy)):
             notes.append(f"{kind} copy: {lossy[kind]} images went through lossy compression, not the original pixels")
         if self._ignored:
-            notes.append(f"{len(self._ignored)} files that are no images were left out, e.g. {self._ignored[0]}")
+            notes.append(
+                f"{len(self._ignored)} files that are no images of a class were left out, e.g. {self._ignored[0]}"
+            )
         unused = sum(place.split not in (TRAIN, test) for place in self._places)
         if unused:
             notes.append(f"{unused} images of {TESTS[1]}/ were left out: {test}/ is the test split")

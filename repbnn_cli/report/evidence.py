@@ -49,9 +49,11 @@ def landscape(report: Report) -> Iterator[Block]:
 
 def _ours(report: Report) -> list[Standing]:
     given, ops = report.given, report.given.costs.totals["ops_without_bn"]
+    data = given.training.get("measured", given.training).get("data")
+    comparable = given.data is None or data is None or paper.same_data(given.data, data)
     return [
         Standing("source network", "this report", ops.before, given.accuracy),
-        Standing("Rep network", "this report", ops.after, given.rep_accuracy),
+        Standing("Rep network", "this report", ops.after, given.rep_accuracy if comparable else None),
     ]
 
 

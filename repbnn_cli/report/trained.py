@@ -22,10 +22,15 @@ def document(records: Sequence[RunRecord], title: str) -> Document:
 
 
 def measured(training: Mapping[str, Any], top1: float) -> Line:
-    """Accuracy of the Rep network, and what led to it."""
-    told = [
-        f"{name} {training[name]}" for name in ("recipe", "data", "epochs", "seed") if training.get(name) is not None
-    ]
+    """Accuracy of a network, and what led to it."""
+    told = [f"{name} {training[name]}" for name in ("recipe", "data", "seed") if training.get(name) is not None]
+    if training.get("epochs") is not None:
+        reached = training.get("epoch", training["epochs"])
+        told.append(f"epoch {reached} of {training['epochs']}")
+    if training.get("kernels") == "float":
+        told.append("with float kernels")
+    if "measured" in training:
+        told.append("measured on {data}, prepared as by {recipe}".format(**training["measured"]))
     return f"{top1:g} % top-1" + (f" ({', '.join(told)})" if told else "")
 
 

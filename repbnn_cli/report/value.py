@@ -95,9 +95,9 @@ class ReportInput:
 
     @property
     def rep_accuracy(self) -> float | None:
-        """Of the Rep network, in percent, once it was measured."""
+        """Of the Rep network, in percent, once it was measured with binary kernels."""
         value = self.training.get("top1")
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if isinstance(value, int | float) and self.training.get("kernels") != "float" else None
 
 
 @dataclass(frozen=True)

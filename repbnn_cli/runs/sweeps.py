@@ -121,7 +121,7 @@ def read(folder: str | os.PathLike[str]) -> Sweep:
     for network in experiment.file.networks:
         sources = [n for n, variant in experiment.file.variants.items() if not variant.transforms]
         for name in experiment.file.variants:
-            rows.append(_row(experiment, begun, network, name, sources[0] if sources else None))
+            rows.append(_row(experiment, budget, begun, network, name, sources[0] if sources else None))
     return Sweep(path, experiment, budget, tuple(rows), _notes(rows))
 
 
@@ -146,7 +146,9 @@ def _opened(path: Path) -> tuple[Path, Experiment, Budget, dict[str, str]]:
         raise CheckpointError(f"{path / BUDGET}: cannot be read ({error}); the sweep's folder was changed") from None
 
 
-def _row(experiment: Experiment, begun: dict[Cell, RunRecord], network: str, name: str, source: str | None) -> Row:
+def _row(
+    experiment: Experiment, budget: Budget, begun: dict[Cell, RunRecord], network: str, name: str, source: str | None
+) -> Row:  # fmt: skip
     variant = experiment.file.variants[name]
     cells = [c for c in experiment.cells if (c.network, c.variant_name) == (network, name)]
     of_seed = {c.seed: begun[c] for c in cells if c in begun}
@@ -158,7 +160,10 @@ def _row(experiment: Experiment, begun: dict[Cell, RunRecord], network: str, nam
             if (cell.network, cell.variant_name) == (network, source) and run.finished and cell.seed in finished:
                 gains.append((finished[cell.seed].best_top1 or 0.0) - (run.best_top1 or 0.0))
     table = None if variant.spread else experiment.table_of(name)  # the paper's networks start with copies alike
-    stated = paper.row(zoo.ARCHS[network], table, variant.setting) if network in zoo.ARCHS and table else None
+    arch = zoo.ARCHS.get(network)
+    if arch is not None and not paper.same_data(arch.data, budget.data.partition(":")[0]):
+        arch = None
+    stated = paper.row(arch, table, variant.setting) if arch is not None and table else None
     published = None if stated is None else stated.rep if variant.transforms else stated.raw
     gain = None
     if stated is not None and variant.transforms and None not in (stated.raw, stated.rep):

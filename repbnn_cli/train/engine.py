@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repbnn_cli import seeds
 from repbnn_cli.data import Dataset, ImageFolders
-from repbnn_cli.errors import DivergedError, StoppedError
+from repbnn_cli.errors import DivergedError, StoppedError, UsageError
 from repbnn_cli.logits import logits_of
 from repbnn_cli.runs import Progress
 from repbnn_cli.train import backends, compiled, guards, health, measure, memory, recipes, state
@@ -161,7 +161,11 @@ def finetune(
                            on_step, on_epoch)  # fmt: skip
         stored = ranks.on_first(lambda: run.latest(fingerprint)) if resume else None
         if stored is None:
-            trainer.begin(prepare)
+            try:
+                trainer.begin(prepare)
+            except (UsageError, DivergedError):  # with other arguments it is another run
+                ranks.on_first(run.withdraw)
+                raise
         else:
             trainer.restore(stored)
         return trainer.train()
@@ -203,7 +207,8 @@ class _Trainer:
         if prepare is not None:
             self.inherited = prepare(self.network, self.feed, self._stop_early)
         if prepare is not None and not prepare.fresh:
-            result = self._evaluate(self.network)
+            with health.float_kernels(self.network, active=self.recipe.stages[0].kernels == "float"):
+                result = self._evaluate(self.network)
             self.last_top1 = result.top1
             row = {"stage": self.recipe.stages[0].name, "epoch": 0, "step": 0, "test_loss": result.loss,
                    "test_top1": result.top1, "test_top5": result.top5}  # fmt: skip
@@ -212,6 +217,9 @@ class _Trainer:
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         self.network.load_state_dict(stored["state_dict"])
+        buffers = dict(self.network.named_buffers())
+        for name, tensor in stored["buffers"].items():
+            buffers[name].copy_(tensor)
         self.at, self.step = Position(*stored["position"]), stored["step"]
         self.signs = {path: sign.to(self.device) for path, sign in stored["signs"].items()}
         self.ema = {name: tensor.to(self.device) for name, tensor in stored["ema"].items()}
@@ -240,7 +248,7 @@ class _Trainer:
         content = {
             "state_dict": self.network.state_dict(), "optimizer": self.optimizer_state, "ema": self.ema,
             "signs": self.signs, "step": self.step, "best": self.best, "last_top1": self.last_top1,
-            "inherited": self.inherited, **each,
+            "inherited": self.inherited, "buffers": _not_persistent(self.network), **each,
         }  # fmt: skip
         return self.ranks.on_first(lambda: self.run.save(self.at, content, self.fingerprint))
 
@@ -401,8 +409,10 @@ class _Trainer:
 
     def _publish(self, name: str, top1: float, epoch: int) -> Path:
         stage = self._present
-        about = {**self.facts, "inherited": self.inherited, "top1": top1, "epoch": epoch,
-                 "epochs": stage.length(len(self.feed.train)), "stage": stage.name}  # fmt: skip
+        about = {
+            **self.facts, "inherited": self.inherited, "top1": top1, "epoch": epoch,
+            "epochs": stage.length(len(self.feed.train)), "stage": stage.name, "kernels": stage.kernels,
+        }  # fmt: skip
         return self.ranks.on_first(lambda: self.run.publish(name, self.package(self.network.state_dict(), about)))
 
     def _record(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
@@ -444,3 +454,9 @@ class _Trainer:
     def _kept(self) -> str:
         states = self.run.states()
         return f"the last good state is {states[-1]}" if states else "nothing was saved yet"
+
+
+def _not_persistent(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict leaves out: a network's own code may count in them."""
+    persistent = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}

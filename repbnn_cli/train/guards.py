@@ -69,7 +69,7 @@ def check(
             wanted = stage.distillation.teacher
             raise UsageError(
                 f"recipe {recipe.name}: stage {stage.name} distils from {wanted}; name it with --teacher, or --set "
-                "distillation.weight=0"
+                "distillation.weight=0 (--distill WEIGHT learns from the source in a result)"
             )
         if stage.kernels == "float" and not health.binary_convs(network):
             raise UsageError(f"recipe {recipe.name}: stage {stage.name} trains float kernels first, which needs binary "

@@ -59,7 +59,7 @@ class Preparation:
         fitted = self.plan is not None
         key: dict[str, float] = {"batches": self.batches}
         key |= {"fit": self.fit if fitted else 0, "images": self.images if fitted else 0}
-        key |= {"latents": self.latents} if fitted and self.fit else {}
+        key |= {"latents": self.latents} if fitted and self.fit and self.latents != 1 else {}
         return key | ({"spread": self.spread} if self.spread else {})
 
     def __call__(

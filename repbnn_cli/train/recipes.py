@@ -145,6 +145,8 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     value: dict[str, Any] = copy.deepcopy(dict(recipe.document.value))
     for assignment in assignments:
         keys, change = _assignment(assignment)
+        if keys[0] == "name":
+            raise RulesError("--set name: a recipe is named by its file; copy that, and give the copy to --recipe")
         for stage in value.get("stages", {}) if keys[0] in Settings.model_fields else ():
             # One length takes the place of another, in whichever unit.
             for name in _LENGTHS if keys[0] in _LENGTHS else ():

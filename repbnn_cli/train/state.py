@@ -35,7 +35,7 @@ from repbnn_cli.runs import ENVIRONMENT, METRICS, RECIPE, RECORD, TIMING, check_
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
-FORMAT, VERSION = "repbnn-run", 2
+FORMAT, VERSION = "repbnn-run", 3
 TABLE = "metrics.csv"
 COLUMNS = (
     "stage", "epoch", "step", "lr", "t", "k", "tau", "loss", "train_top1", "test_loss", "test_top1", "test_top5",
@@ -108,6 +108,12 @@ class Run:
         # But what is said of them in results has to be true of those that the run began with.
         known = json_object(self.path / ENVIRONMENT).get("network")
         _check(known or {}, environment["network"], self.path / ENVIRONMENT, ["sha256"])
+
+    def withdraw(self) -> None:
+        """Gives the folder up again, for a run that failed before its first state."""
+        if not self.states():
+            for name in (RECORD, ENVIRONMENT, RECIPE, METRICS, TABLE, TIMING):
+                (self.path / name).unlink(missing_ok=True)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -204,7 +210,7 @@ def record_of(recipe: Recipe, network: Mapping[str, Any], data: str, batches: in
     if beta is not None:
         setting = paper.setting(beta, network.get("last_layer", "all"), network.get("rules", "reptran"))
         arch = arch if setting == "β = 2" and not network.get("spread") else None
-    if arch is None or zoo.ARCHS[arch].data.lower().replace("-", "") != data:
+    if arch is None or not paper.same_data(zoo.ARCHS[arch].data, data):
         arch = None
     for stage in recipe.stages:
         stated = stage.stated(arch, rep=beta is not None)
@@ -281,6 +287,9 @@ def _difference(key: str, was: Any, now: Any) -> str:
         pairs = (", ".join(line for line in some if line not in other) for some, other in ((old, new), (new, old)))
         was, now = (text or "without it" for text in pairs)
         return f"{key} was {was[:100]}, is {now[:100]}"
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        others = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        return "; ".join(_difference(f"{key}.{name}", was.get(name), now.get(name)) for name in others)
     return f"{key} was {_short(was)}, is {_short(now)}"
 
 
