@@ -49,10 +49,6 @@ class ValueProxy(fx.Proxy):
     def _value(self) -> Any:
         return self.tracer.values[self.node]  # type: ignore[attr-defined]
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor if isinstance(self._value, Tensor) else type(self)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -182,6 +178,20 @@ def recorded_len(value: Any) -> Any:
     if theirs and isinstance(value._value, Tensor):
         return value.tracer.create_proxy("call_method", "size", (value, 0), {})
     return original_len(value)
+
+
+original_isinstance = isinstance
+
+
+def recorded_isinstance(value: Any, kinds: Any) -> bool:
+    """`isinstance` while a forward is recorded: a tensor's proxy is a tensor.
+
+    Not by its `__class__`, which torch's C++ code would believe: it reads the memory of whatever passes for a tensor
+    where it expects a number, as in `torch.where(x > 0, x, 0.0)`.
+    """
+    if original_isinstance(value, kinds):
+        return True
+    return type(value) is ValueProxy and original_isinstance(value._value, Tensor) and issubclass(Tensor, kinds)
 
 
 def _inplace_method(operation: Callable[..., Any]) -> Callable[[ValueProxy, Any], Any]:

@@ -32,6 +32,7 @@ from repbnn_cli.graph.proxies import (
     ValueProxy,
     is_ours,
     is_write,
+    recorded_isinstance,
     recorded_len,
     set_data,
     user_line,
@@ -80,11 +81,12 @@ class Tracer(fx.Tracer):
     # -- what fx asks ------------------------------------------------------------------------------------------------
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         recording.append(self)
-        outer, builtins.len = builtins.len, recorded_len
+        outer = builtins.len, builtins.isinstance
+        builtins.len, builtins.isinstance = recorded_len, recorded_isinstance
         try:
             return super().trace(root, concrete_args)
         finally:
-            builtins.len = outer
+            builtins.len, builtins.isinstance = outer
             recording.pop()
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
