@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repbnn_cli import graph, rules
+from repbnn_cli.channels import Folded
 from repbnn_cli.layers import RPReLU
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,3 +505,108 @@ class DataOfCompact(Net):
 def test_data_replaced_by_a_function_of_it(kind: type[nn.Module], beta: int) -> None:
     plan = transformed(kind, beta=beta)
     assert sum(e.action == "rep_conv" for e in plan.edits) == 2
+
+
+NUMBERS_FOR_TENSORS = {
+    "where": lambda x: torch.where(x > 0, x, 0.5),
+    "pow": lambda x: torch.pow(x, 2) + torch.pow(x.abs() + 1, exponent=0.5),
+    "remainder": lambda x: torch.remainder(x, 0.3) + torch.float_power(x, 2.0).float(),
+    "xlogy": lambda x: torch.xlogy(x.abs(), 2.0),
+    "full_like": lambda x: x * torch.full_like(x, 2.0) + torch.where(x > 0, 1.0, x),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2) + torch.clamp(x, max=0.7),
+    "isinstance": lambda x: x + 1 if isinstance(x, Tensor) and isinstance(x, (int, Tensor)) else x - 1,
+    "union": lambda x: x + 1 if isinstance(x, int | Tensor) and not isinstance(x, int | float) else x - 1,
+    # Defined on a part of all numbers.
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "asin": lambda x: torch.asin(x.clamp(-0.9, 0.9)) + torch.log2(x.abs() + 1),
+    "acosh": lambda x: torch.acosh(x.abs() + 1.5) + torch.logit(x.sigmoid()),
+    # Branches along an axis of their own.
+    "stack, sum": lambda x: torch.stack([x, 2 * x, x.abs()], 0).sum(0),
+    "stack, mean": lambda x: torch.stack([x, 2 * x, x.abs()]).mean(dim=0) + torch.stack([x, -x], dim=0).amax(0),
+    "stack, max": lambda x: torch.stack([x, 2 * x, x.abs()], dim=0).max(0)[0],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS_FOR_TENSORS)
+def test_functions_of_torch_between_two_layers(name: str) -> None:
+    """Numbers where torch's C++ code takes tensors, too; and what has no value for some numbers."""
+
+    class Between(Net):
+        def build(self) -> None:
+            self.conv1, self.conv2 = Conv(8, 8, 1), Conv(8, 8, 1)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.conv2(NUMBERS_FOR_TENSORS[name](self.conv1(x)))
+
+    plan = transformed(Between)
+    assert [e.path for e in plan.edits if e.action == "rep_conv"] == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("mixes", [lambda x: torch.log1p(x.abs()).mean(1, keepdim=True) + x, lambda x: x.cumsum(1)])
+def test_what_mixes_channels_is_not_taken_for_a_function_of_one(mixes: Callable[[Tensor], Tensor]) -> None:
+    class Mixing(Net):
+        def build(self) -> None:
+            self.conv = Conv(8, 8, 1)
+
+        def body(self, x: Tensor) -> Tensor:
+            return mixes(self.conv(x))
+
+    plan = transformed(Mixing)  # and its certificate passes: each replica by itself
+    step = plan.steps["cumsum" if "cumsum" in plan.steps else "mean"]
+    assert isinstance(step.state, Folded), step
+
+
+class StepPerFilter(nn.Module):
+    """A learned step for each filter (LSQ)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
+        self.register_buffer("ready", torch.zeros(1))
+        self.ready: Tensor
+
+    def forward(self, w: Tensor) -> Tensor:
+        return Sign.apply(w / self.step) * self.step
+
+
+class InitialisedByItsFirstKernel(StepPerFilter):
+    """It cannot be traced into: whether it writes depends on what it wrote."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        if self.training and self.ready < 100:
+            self.step.data.copy_(w.detach().abs().mean().expand_as(self.step))
+            self.ready.fill_(1000)
+        return super().forward(w)
+
+
+def quantised(kind: type[StepPerFilter]) -> type[Net]:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.quantiser = nn.Conv2d(8, 8, 3, padding=1, bias=False), kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(Sign.apply(x), self.quantiser(self.conv.weight), padding=1)
+
+    class Quantised(Net):
+        def build(self) -> None:
+            self.block = Block()
+            self.bn = nn.BatchNorm2d(8)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.bn(self.block(x))
+
+    return Quantised
+
+
+def test_a_module_that_quantises_kernels_is_traced_into_for_its_parameters() -> None:
+    found = {e.path: (e.before, e.after) for e in transformed(quantised(StepPerFilter)).edits}
+    assert found["block.quantiser.step"] == ("(8, 1, 1, 1)", "(4, 1, 1, 1)")
+
+
+def test_the_rule_for_a_quantiser_that_cannot_be_traced_into_names_path_and_kernel() -> None:
+    rule = "modules: [{match: {path: block}, role: binary_conv, kernel: conv.weight}]"
+    assert f"(rule file: `{rule}`; `type:` and its class for all alike)" in refusal(
+        quantised(InitialisedByItsFirstKernel)
+    )
+    transformed(quantised(InitialisedByItsFirstKernel), rule)

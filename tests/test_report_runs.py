@@ -285,7 +285,9 @@ def test_the_run_of_a_result_gives_its_accuracy(tmp_path: Path, monkeypatch: pyt
     best = max(row["test_top1"] for row in metrics(Path("r")))
     shown, made = Path("r.md").read_text(), json.loads(Path("r.json").read_text())
     (line,) = (line for line in shown.splitlines() if line.startswith("| Rep accuracy |"))
-    assert re.fullmatch(rf"\| Rep accuracy \| {best:g} % top-1 \(recipe \S+, data digits, .*seed 0\) \|", line), line
+    assert re.fullmatch(
+        rf"\| Rep accuracy \| {best:g} % top-1 \(recipe \S+, data digits, seed 0, epoch \d of 1\) \|", line
+    ), line
     ops = made["costs"]["totals"]["ops_without_bn"]
     assert f"| Rep network | this report | {ops['after']:,.0f} | {best:g} |" in shown
     assert f"| source network | this report | {ops['before']:,.0f} | 12.5 |" in shown

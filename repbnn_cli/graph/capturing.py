@@ -25,6 +25,7 @@ from torch.fx.graph import PythonCode
 
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph.functional import ConvolutionCall, as_modules
+from repbnn_cli.graph.static import static_nodes
 from repbnn_cli.graph.tracer import place_of
 from repbnn_cli.graph.tracing import Traced, TracingError, in_both_modes
 from repbnn_cli.restoring import kept_in_eval, unchanged
@@ -32,6 +33,7 @@ from repbnn_cli.user_code.cpu_only import foreign_code
 
 LeafOpinion = Callable[[str, nn.Module], bool | None]
 
+_OF_A_BLOCK = 3  # parameters beside its kernel: a layer has a scale, perhaps a threshold
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -136,7 +138,9 @@ def capture(
     def looked_into(traced: Traced) -> Traced:
         """The same with modules traced into that are more than one whole layer, as far as they let themselves."""
         nonlocal opened
-        opened = [p for p, m in _worth_opening(model, traced.graph).items() if opinion(p, m) is None]
+        quantisers = _kernel_quantisers(model, traced.graph)
+        found = {**_worth_opening(model, traced.graph), **quantisers}
+        opened = [p for p, m in found.items() if opinion(p, m) is None]
         if not opened:
             return traced
         how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
@@ -144,7 +148,7 @@ def capture(
             inside = in_both_modes(model, examples, policy, shapes_only)
             attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
             calls = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
-            layered = [p for p in opened if any(f"{at}.".startswith(f"{p}.") for at in calls)]
+            layered = [p for p in opened if p in quantisers or any(f"{at}.".startswith(f"{p}.") for at in calls)]
             if layered == opened:
                 return inside
             opened = layered  # in the others no layer shows, so they had better stay whole
@@ -196,10 +200,27 @@ def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
             module, seen = model.get_submodule(str(node.target)), node.meta.get("convs")
             several = len({(c.kernel_shape, c.groups) for c in seen or []}) > 1
             hidden = seen == [] and any(kernel_like(t) for t in module.parameters())
-            block = bool(seen) and any(c._parameters for child in module.children() for c in child.modules())
+            block = bool(seen) and _is_block(module)
             if several or hidden or block:
                 found[str(node.target)] = module
     return {p: m for p, m in found.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether what holds a kernel holds more than a layer does: modules with parameters, or many parameters of its own
+    (a threshold, a scale, slopes and shifts of an activation)."""
+    if any(c._parameters for child in module.children() for c in child.modules()):
+        return True
+    beside = [t for n, t in module._parameters.items() if t is not None and n != "bias" and t.numel() > 1]
+    return sum(not kernel_like(t) for t in beside) >= _OF_A_BLOCK
+
+
+def _kernel_quantisers(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """Modules that make a kernel of parameters alone, with parameters of their own, perhaps sized by its channels."""
+    static = static_nodes(graph)
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module" and node in static]
+    modules = {path: model.get_submodule(path) for path in called}
+    return {p: m for p, m in modules.items() if any(t.numel() > 1 for t in m.parameters())}
 
 
 def _may_stay_whole(model: nn.Module, path: str) -> bool:

@@ -330,7 +330,8 @@ FUNCTIONS: Mapping[str, Handler] = {
     **_each(
         per_input(1),
         "mean sum amax amin max min prod any all argmax argmin cumsum cumprod count_nonzero adaptive_avg_pool1d "
-        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "repbnn.mean_of_replicas",
     ),
     **_each(per_input(2), "norm logsumexp"),
     # exponential, sum, division; square, sum, division; mean, centring, square

@@ -11,6 +11,7 @@ from torch import fx, nn
 from repbnn_cli import rep_layers
 from repbnn_cli.channels import Compact, Folded, Tiled, grouped, kind_of_module, plain
 from repbnn_cli.errors import UsageError
+from repbnn_cli.graph.static import roots
 from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.inherit import Columns, Kernel, Mean, Members, Recipe, Tile
 from repbnn_cli.recognize import CONVOLUTIONS, Layer
@@ -163,12 +164,20 @@ class ModuleWalk(OperatorWalk):
         try:
             recipes = operand_recipes(self.network.module, kernel, bias, layer, way, index, after)
         except CannotTellError as error:
-            self._refuse(
-                node, f"cannot tell {error}", error.remedy or "keep the module that calls it whole (rule file: "
-                "`modules: [{match: {type: ITS_CLASS}, role: binary_conv, kernel: weight}]`)",
-            )  # fmt: skip
+            self._refuse(node, f"cannot tell {error}", error.remedy or self._kept_whole(layer, kernel))
         for path, recipe in recipes.items():
             self._parameter_edit(path, rule, recipe)
+
+    def _kept_whole(self, layer: Layer, kernel: fx.Node) -> str:
+        """The rule that keeps the module which calls a convolution in one piece, as far as it is known."""
+        path = layer.path.rpartition(".")[0]
+        size = torch.Size(layer.kernel_shape).numel()
+        held = [str(n.target) for n in roots(kernel) if n.meta["value"].numel() == size]
+        inside = [name.removeprefix(f"{path}.") for name in held if path and name.startswith(f"{path}.")]
+        match = f"path: {path}" if inside else "type: ITS_CLASS"
+        rule = f"modules: [{{match: {{{match}}}, role: {layer.role}, kernel: {inside[0] if inside else 'weight'}}}]"
+        alike = "; `type:` and its class for all alike" if inside else ""
+        return f"keep the module that calls it whole (rule file: `{rule}`{alike})"
 
     def _flat_kernel(self, layer: Layer) -> str:
         """The kernel that is stored in another layout than (O, I, k...), if one is."""

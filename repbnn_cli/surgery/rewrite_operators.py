@@ -193,6 +193,9 @@ class OperatorWalk(OperandWalk):
                     return "pointwise"
             if call is not None and acts_per_sample(run, inputs):
                 return "fold"
+            # `torch.stack(branches, 0).sum(0)`: the samples are along axis 1 meanwhile.
+            if call is not None and all(map(_is_stack, varied)) and acts_per_sample(run, inputs, axis=1):
+                return "fold"
         except Exception as error:  # the user's code on inputs it may not expect
             self._refuse(node, f"failed on a random input ({type(error).__name__}: {error})", "declare what it is")
         what = node.target if node.op == "call_module" else operator_name(node)
@@ -356,6 +359,11 @@ def _callable(node: fx.Node) -> Any:
     if node.op == "call_function":
         return node.target
     return None if is_write(node) else getattr(Tensor, str(node.target), None)
+
+
+def _is_stack(node: fx.Node) -> bool:
+    """Whether tensors were stacked along a new first axis, in front of the samples."""
+    return node.target is torch.stack and bool((*node.args[1:], *node.kwargs.values(), 0)[0] == 0)
 
 
 def unfoldable(node: fx.Node, network: Network) -> bool:
