@@ -69,7 +69,9 @@ Spread = Annotated[
 Latents = Annotated[
     float | None,
     typer.Option(
-        "--latents", help="Behind the fit, factor on latent kernels whose signs alone count; small ones learn faster."
+        "--latents",
+        help="Behind the fit, factor on latent kernels whose signs alone count: smaller ones learn faster "
+        "(default: 0.5; 1 keeps them).",
     ),
 ]
 TrainingBackend = Annotated[

@@ -26,7 +26,7 @@ from repbnn_cli.wording import some
 
 APART = 0.5
 """Standard deviations by which replicas aim beside the source's values in a fit, if not said; docs/inheritance.md."""
-LATENTS = 1.0
+LATENTS = 0.5
 """Factor on fitted latent kernels whose signs alone count, if not said; docs/inheritance.md."""
 
 
@@ -98,8 +98,11 @@ class Preparation:
             if scaled:
                 facts["latents"] = self.latents
             if self.latents != 1 and self.on_note is not None:
-                rest = "; what the others compute depends on their size" if scaled < len(units) else ""
-                self.on_note(f"latent kernels × {self.latents:g} in {scaled} of {len(units)} fitted layers{rest}")
+                some_scaled = (
+                    f"latent kernels × {self.latents:g} in {scaled} of {len(units)} layers: their signs alone count"
+                )
+                none_scaled = "no latent kernel was scaled (--latents): what is computed depends on their size"
+                self.on_note(some_scaled if scaled else none_scaled)
         if self.fresh:
             assert isinstance(network, fx.GraphModule), f"{type(network).__name__} was not made by a plan"
             spread_shifts(network, self.spread)

@@ -9,7 +9,7 @@ here, one convolution after the other in the order of the forward, so that the s
 e is the last value that the convolution alone decides on: behind its BatchNorm, its sum with the bypass, its
 activation. x is what the layers before, fitted already, really give, so each layer also makes up for the errors of
 those. Kernels learn through their own estimators. Every BatchNorm's statistics are estimated anew on the way. Where a
-layer depends on the signs of its kernel alone, the latent kernel is made smaller afterwards: it learns faster.
+layer depends on the signs of its kernel alone, the latent kernel may be made smaller afterwards: it learns faster.
 The targets of a channel's replicas may be set apart, so that each replica has a threshold of its own.
 docs/inheritance.md has what it is worth.
 """
