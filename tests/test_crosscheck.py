@@ -220,7 +220,7 @@ def test_compare(result_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     source, rep, vgg = json.loads(capsys.readouterr().out)["networks"]
     assert (source["totals"]["ops_without_bn"], rep["totals"]["ops_without_bn"]) == (1_069_696, 1_070_336)
     assert (source["top1"], rep["top1"], vgg["top1"]) == (62.35, None, 90.4)
-    assert vgg["top1_from"] == "published, RepBNN Table 7"
+    assert vgg["top1_from"] == "published for CIFAR-10, RepBNN Table 7"
     assert run([*command, "--csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = dict(zip(lines[0].split(","), lines[2].split(","), strict=True))

@@ -233,7 +233,7 @@ def test_inspect_says_what_became_of_a_result(result: str, capsys: pytest.Captur
     capsys.readouterr()
     assert run(["inspect", "trained.repbnn.pt"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "71.5 % top-1 (recipe r, epochs 2, seed 1); fitted to its source first about the data a note" in text
+    assert "71.5 % top-1 (recipe r, seed 1, epoch 2 of 2); fitted to its source first about the data a note" in text
     assert run(["inspect", result]) == 0
     assert "accuracy" not in capsys.readouterr().out
     assert run(["inspect", "long.pt"]) == 3
