@@ -610,3 +610,16 @@ def test_the_rule_for_a_quantiser_that_cannot_be_traced_into_names_path_and_kern
         quantised(InitialisedByItsFirstKernel)
     )
     transformed(quantised(InitialisedByItsFirstKernel), rule)
+
+
+def test_a_layer_of_torch_that_makes_a_kernel_stays_one_layer() -> None:
+    class Made(Net):
+        def build(self) -> None:
+            self.made_from, self.maker = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 8 * 9)
+
+        def body(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.maker(self.made_from).view(8, 8, 3, 3), padding=1)
+
+    network = graph.capture(generic(Made()), (3, 8, 8))
+    assert len(network.attempts) == 1
+    assert any(n.op == "call_module" and n.target == "maker" for n in network.graph.nodes)

@@ -64,15 +64,21 @@ class Pupil:
         return self.opened is not None and self.opened.payload["options"]["inherit"] != "none"
 
     @property
+    def training(self) -> Mapping[str, Any]:
+        """What a result says of its training and preparation."""
+        found: Mapping[str, Any] = self.opened.payload.get("training", {}) if self.opened else {}
+        return found
+
+    @property
     def prepared(self) -> Mapping[str, Any]:
         """How the inherited weights were fitted to the source, where `calibrate` or a run's beginning has done so."""
-        found: Mapping[str, Any] = self.opened.payload.get("training", {}).get("inherited", {}) if self.opened else {}
+        found: Mapping[str, Any] = self.training.get("inherited", {})
         return found
 
     @property
     def trained(self) -> bool:
         """Whether a result was trained since its transform."""
-        return self.opened is not None and "recipe" in self.opened.payload.get("training", {})
+        return "recipe" in self.training
 
     @property
     def fresh(self) -> bool:

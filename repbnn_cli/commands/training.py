@@ -176,7 +176,7 @@ def evaluate(
     if chosen.name == "int8":
         backends.check(pupil.network, backend)
     dataset = pupils.dataset(data, pupil.origin)
-    if pupil.opened is not None and pupil.opened.payload.get("training", {}).get("kernels") == "float":
+    if pupil.training.get("kernels") == "float":
         views.say(
             "note: was trained with float kernels so far; with its binary ones, measured here, it knows nothing yet"
         )
@@ -224,7 +224,7 @@ def calibrate(
     inherited = prepare(pupil.network, feed)
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
-    earlier = pupil.opened.payload.get("training", {})
+    earlier = pupil.training
     about = {
         "recipe_text": chosen.text, "data": dataset.name, "data_fingerprint": dataset.fingerprint, **earlier,
         "inherited": {**pupil.prepared, **inherited}, "top1": found.top1,

@@ -139,7 +139,7 @@ def capture(
         """The same with modules traced into that are more than one whole layer, as far as they let themselves."""
         nonlocal opened
         quantisers = _kernel_quantisers(model, traced.graph)
-        found = {**_worth_opening(model, traced.graph), **quantisers}
+        found = _foreign({**_worth_opening(model, traced.graph), **quantisers})
         opened = [p for p, m in found.items() if opinion(p, m) is None]
         if not opened:
             return traced
@@ -203,7 +203,12 @@ def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
             block = bool(seen) and _is_block(module)
             if several or hidden or block:
                 found[str(node.target)] = module
-    return {p: m for p, m in found.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
+    return found
+
+
+def _foreign(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of somebody else's code: torch's and this package's own are one layer each."""
+    return {p: m for p, m in modules.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
 
 
 def _is_block(module: nn.Module) -> bool:
