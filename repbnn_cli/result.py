@@ -110,6 +110,23 @@ def with_tensors(payload: Mapping[str, Any], tensors: Mapping[str, Any], about: 
     return {**kept, "tensors": dict(tensors), "training": dict(about)}
 
 
+def training_of(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a result, or a network packed from one, says of its training; empty where there was none."""
+    found: Mapping[str, Any] = payload.get("training", {})
+    return found
+
+
+def has_float_kernels(training: Mapping[str, Any]) -> bool:
+    """Whether the training ended in a stage of float kernels, so that its accuracy is not the binary network's."""
+    return training.get("kernels") == "float"
+
+
+def top1_of(training: Mapping[str, Any]) -> float | None:
+    """The binary network's accuracy in percent, None where it was never measured."""
+    value = training.get("top1")
+    return float(value) if isinstance(value, int | float) and not has_float_kernels(training) else None
+
+
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The payload of a result file; CheckpointError for any other file."""
     file = checkpoint.load(path)

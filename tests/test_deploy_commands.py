@@ -12,7 +12,7 @@ import repbnn_cli
 from repbnn_cli import checkpoint as checkpoints
 from repbnn_cli import result as results
 from repbnn_cli.cli import run
-from repbnn_cli.deploy import latency
+from repbnn_cli.deploy import latency, packed
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_cifar10.pth"
 TINY = """
@@ -238,3 +238,16 @@ def test_inspect_says_what_became_of_a_result(result: str, capsys: pytest.Captur
     assert "accuracy" not in capsys.readouterr().out
     assert run(["inspect", "long.pt"]) == 3
     assert "recipe_text (2 lines, whole with --json), epoch 3" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [("binary", 71.5), ("float", None)])
+def test_an_accuracy_of_float_kernels_is_not_that_of_the_packed_network(
+    result: str, kernels: str, expected: float | None
+) -> None:
+    opened = checkpoints.load(result)
+    payload = results.payload_in(opened)
+    assert payload is not None
+    about = {"top1": 71.5, "recipe": "r", "epochs": 2, "kernels": kernels}
+    results.save(results.with_tensors(payload, opened.tensors, about), Path("trained.repbnn.pt"))
+    assert run(["export", "packed", "trained.repbnn.pt", *OWN, "-o", "trained.packed"]) == 0
+    assert packed.open_packed("trained.packed", "tiny.py:make").header["training"]["top1"] == expected

@@ -341,7 +341,7 @@ def test_each_kernel_of_a_block_becomes_a_rep_conv(kind: type[nn.Module], beta: 
 def test_opening_a_block_is_said_and_leaves_the_users_module_alone() -> None:
     model = generic(KernelsOfSeveralLayers())
     network = graph.capture(model, (3, 8, 8))
-    assert "with block traced into, which may be several layers" in network.attempts[1]
+    assert "with block traced into, which may be more than one whole layer" in network.attempts[1]
     assert network.module.get_submodule("block.conv2d_call") is not None
     assert list(model.block.children()) == []  # type: ignore[union-attr, operator]
 

@@ -136,8 +136,8 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
     accuracy, whose = None, ""
     arch = registry.ARCHS.get(looked.origin.arch or "")
     if looked.opened is not None:
-        training = looked.opened.payload.get("training", {})
-        accuracy = training.get("top1") if training.get("kernels") != "float" else None
+        training = result.training_of(looked.opened.payload)
+        accuracy = result.top1_of(training)
         whose = f"measured on {training.get('measured', training).get('data', 'its data')}"
         whose += " after training it" if "recipe" in training else ""
     elif looked.file is not None:

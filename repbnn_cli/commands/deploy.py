@@ -12,7 +12,7 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from repbnn_cli import profiler, views, writing
+from repbnn_cli import profiler, result, views, writing
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.targets import Examined
@@ -128,11 +128,11 @@ def _computes_the_same(found: Examined, again: packed.Opened) -> agreement.Modul
 
 def _about(found: Examined) -> dict[str, Any]:
     """What a packed file says of where it comes from, and how its images are to be prepared."""
-    training = found.opened.payload.get("training", {}) if found.opened else {}
+    training = result.training_of(found.opened.payload) if found.opened else {}
     recipe = training.get("recipe_text") or (found.file.metadata.get("recipe_text") if found.file else None)
     sha256 = found.opened.payload["sha256"] if found.opened else found.file.sha256 if found.file else None
     return {"file": {"name": Path(found.target).name, "sha256": sha256},
-            "training": {"top1": training.get("top1"), "recipe_text": recipe}}  # fmt: skip
+            "training": {"top1": result.top1_of(training), "recipe_text": recipe}}  # fmt: skip
 
 
 def _batches(text: str) -> list[int]:

@@ -109,7 +109,7 @@ def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
             )  # fmt: skip
             yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
             yield "certificate", "passed" if passed else "FAILED"
-            yield from _trained(value.get("training", {}))
+            yield from _trained(result.training_of(value))
         elif name == "kernel zeros":
             yield label, kernel_views.zeros_text(value)
         elif isinstance(value, dict) and value:

@@ -66,8 +66,7 @@ class Pupil:
     @property
     def training(self) -> Mapping[str, Any]:
         """What a result says of its training and preparation."""
-        found: Mapping[str, Any] = self.opened.payload.get("training", {}) if self.opened else {}
-        return found
+        return result.training_of(self.opened.payload) if self.opened else {}
 
     @property
     def prepared(self) -> Mapping[str, Any]:
@@ -118,12 +117,12 @@ def load(
     name = _name(Path(target))
     if read.packed is not None:
         again = read.packed
-        trained_by = again.header.get("training", {}).get("recipe_text")
+        trained_by = result.training_of(again.header).get("recipe_text")
         return Pupil(name, again.network.module, again.origin, trained_by=trained_by, target=target, packed=again)
     if read.opened is not None:
         opened, payload = read.opened, read.opened.payload
         stated = (payload["source"]["accuracy"] or {}).get("top1")
-        return Pupil(name, opened.module, opened.origin, opened, payload.get("training", {}).get("recipe_text"),
+        return Pupil(name, opened.module, opened.origin, opened, result.training_of(payload).get("recipe_text"),
                      target, payload["sha256"], stated)  # fmt: skip
     assert read.source is not None
     src = read.source

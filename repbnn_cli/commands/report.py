@@ -148,7 +148,7 @@ def _given(
         environment={**payload["provenance"], "python": platform.python_version()},
         timestamp=datetime.now(UTC).isoformat(timespec="seconds") if timestamp else None,
         data=arch.data if arch else None,
-        training=payload.get("training", {}),
+        training=result.training_of(payload),
         runs=records,
         evidence=evidence,
     )
@@ -197,7 +197,7 @@ def _inputs(opened: result.Result, places: Sequence[str]) -> _Inputs:
         expected = ", ".join(str(s) for s in shape_list)
         raise UsageError(f"--images: this network takes {expected}; expected one input of 1 or 3 channels")
     paths = image_files.find(places, _MOST_IMAGES)
-    trained_by = opened.payload.get("training", {}).get("recipe_text")
+    trained_by = result.training_of(opened.payload).get("recipe_text")
     recipe = recipes.loads(trained_by, "its recipe") if trained_by else recipes.for_network(opened.origin)
     images = image_files.load(paths, shape_list[0], recipe.header.mean, recipe.header.std)
     said = f"{len(paths)} images, mean and deviation as in the recipe {recipe.name}"

@@ -176,7 +176,7 @@ def evaluate(
     if chosen.name == "int8":
         backends.check(pupil.network, backend)
     dataset = pupils.dataset(data, pupil.origin)
-    if pupil.training.get("kernels") == "float":
+    if result.has_float_kernels(pupil.training):
         views.say(
             "note: was trained with float kernels so far; with its binary ones, measured here, it knows nothing yet"
         )

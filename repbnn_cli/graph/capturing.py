@@ -143,7 +143,7 @@ def capture(
         opened = [p for p, m in found.items() if opinion(p, m) is None]
         if not opened:
             return traced
-        how = f"recorded, with {', '.join(opened)} traced into, which may be several layers, or one by a product"
+        how = f"recorded, with {', '.join(opened)} traced into, which may be more than one whole layer"
         try:
             inside = in_both_modes(model, examples, policy, shapes_only)
             attempts.append(f"{how}: {len(inside.graph.nodes)} operators")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from repbnn_cli import result
 from repbnn_cli.report.charts import Line as Curve
 from repbnn_cli.report.charts import lines
 from repbnn_cli.report.document import Block, Code, Document, Figures, Folded, Items, Line, Listing, Section, Table
@@ -27,7 +28,7 @@ def measured(training: Mapping[str, Any], top1: float) -> Line:
     if training.get("epochs") is not None:
         reached = training.get("epoch", training["epochs"])
         told.append(f"epoch {reached} of {training['epochs']}")
-    if training.get("kernels") == "float":
+    if result.has_float_kernels(training):
         told.append("with float kernels")
     if "measured" in training:
         told.append("measured on {data}, prepared as by {recipe}".format(**training["measured"]))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from repbnn_cli import paper
+from repbnn_cli import paper, result
 from repbnn_cli.anatomy import Block
 from repbnn_cli.anatomy.tensor_stats import Activations, FeatureMaps, Weights
 from repbnn_cli.number_text import exact
@@ -96,8 +96,7 @@ class ReportInput:
     @property
     def rep_accuracy(self) -> float | None:
         """Of the Rep network, in percent, once it was measured with binary kernels."""
-        value = self.training.get("top1")
-        return float(value) if isinstance(value, int | float) and self.training.get("kernels") != "float" else None
+        return result.top1_of(self.training)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from repbnn_cli.train.ranks import Ranks
 from repbnn_cli.train.recipes import Recipe, Stage
 from repbnn_cli.train.schedules import Binarization, LearningRate, learning_rate
 from repbnn_cli.train.state import Position, Run
-from repbnn_cli.train.steps import Step, averaged, copy_into, optimizer_for, restore
+from repbnn_cli.train.steps import Step, averaged, copy_into, not_persistent, optimizer_for, put_back, restore
 
 Forward = Callable[[Tensor], object]
 Taken = Callable[[Tensor, Tensor], object]
@@ -217,9 +217,7 @@ class _Trainer:
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         self.network.load_state_dict(stored["state_dict"])
-        buffers = dict(self.network.named_buffers())
-        for name, tensor in stored["buffers"].items():
-            buffers[name].copy_(tensor)
+        put_back(self.network, stored["buffers"])
         self.at, self.step = Position(*stored["position"]), stored["step"]
         self.signs = {path: sign.to(self.device) for path, sign in stored["signs"].items()}
         self.ema = {name: tensor.to(self.device) for name, tensor in stored["ema"].items()}
@@ -248,7 +246,7 @@ class _Trainer:
         content = {
             "state_dict": self.network.state_dict(), "optimizer": self.optimizer_state, "ema": self.ema,
             "signs": self.signs, "step": self.step, "best": self.best, "last_top1": self.last_top1,
-            "inherited": self.inherited, "buffers": _not_persistent(self.network), **each,
+            "inherited": self.inherited, "buffers": not_persistent(self.network), **each,
         }  # fmt: skip
         return self.ranks.on_first(lambda: self.run.save(self.at, content, self.fingerprint))
 
@@ -454,9 +452,3 @@ class _Trainer:
     def _kept(self) -> str:
         states = self.run.states()
         return f"the last good state is {states[-1]}" if states else "nothing was saved yet"
-
-
-def _not_persistent(network: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict leaves out: a network's own code may count in them."""
-    persistent = network.state_dict()
-    return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}

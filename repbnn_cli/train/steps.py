@@ -138,3 +138,16 @@ def copy_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own = network.state_dict()
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def not_persistent(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict leaves out: a network's own code may count in them."""
+    persistent = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
+
+
+def put_back(network: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Writes into the network what `not_persistent` found in one like it."""
+    own = dict(network.named_buffers())
+    for name, tensor in buffers.items():
+        own[name].copy_(tensor)
