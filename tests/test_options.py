@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ class Net(nn.Module):
 
 def make():
     return Net()
+"""
+WIDE = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 """
 
 
@@ -107,6 +114,24 @@ def test_report_and_compare_put_other_networks_beside_the_users(own: Path, capsy
     assert run(["compare", "own.repbnn.pt", *others, *MODEL, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["networks"]) == 3
     assert run(["report", "own.repbnn.pt", *others, *MODEL, "--json"]) == 0
+
+
+def test_compare_takes_the_code_of_each_network(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    Path("wide.py").write_text(WIDE)
+    exec(WIDE, names)
+    torch.save(names["make"]().state_dict(), "wide.pth")
+    other = ["--model", "wide.py:make"]
+    command = ["compare", "own.repbnn.pt", "wide.pth", "irnet_resnet20", "--json"]
+    for models in ([*MODEL, *other], [*other, *MODEL]):
+        assert run([*command, *models]) == 0
+        found = json.loads(capsys.readouterr().out)["networks"]
+        assert [n["target"] for n in found] == ["own.repbnn.pt", "wide.pth", "irnet_resnet20"]
+        assert found[1]["totals"]["parameters"] == 3 * 8 * 9 + 8 * 10 + 10
+    assert run([*command, *MODEL]) == 3
+    assert "wide.pth" in capsys.readouterr().err
+    assert run(["compare", "own.repbnn.pt", "irnet_resnet20", *MODEL, *other]) == 2
+    assert "--model wide.py:make: own.repbnn.pt, irnet_resnet20 are built without it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

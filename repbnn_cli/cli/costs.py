@@ -106,7 +106,13 @@ def compare(
     names: Annotated[
         list[str], typer.Argument(help="Results, checkpoints and zoo names, any number.", metavar="A B ...")
     ],
-    model: Model = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="Your own network: path/to/file.py:callable; of several, given one by one, the first that fits.",
+        ),
+    ] = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One row per network as CSV, exact.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table, exact.")] = False,
@@ -120,10 +126,12 @@ def compare(
     \b
     Examples:
     repbnn compare ckpt.pth rep.repbnn.pt reactnet_a
+    repbnn compare mine.pt theirs.pt --model mine.py:make --model theirs.py:make
     """
     from repbnn_cli.commands import costs as commands
 
-    commands.compare(names, model=model, as_json=as_json, as_csv=as_csv, markdown=markdown, output=output, force=force)
+    commands.compare(names, models=models or [], as_json=as_json, as_csv=as_csv, markdown=markdown, output=output,
+                     force=force)  # fmt: skip
 
 
 @app.command()

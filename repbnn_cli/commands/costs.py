@@ -106,16 +106,17 @@ def _gate(path: str, side: _Side, limit: float) -> None:
 
 
 def compare(
-    names: Sequence[str], *, model: str | None, as_json: bool, as_csv: bool, markdown: bool, output: str | None,
+    names: Sequence[str], *, models: Sequence[str], as_json: bool, as_csv: bool, markdown: bool, output: str | None,
     force: bool,
 ) -> None:  # fmt: skip
     """Any number of networks side by side."""
     _one_format(as_json, as_csv, markdown)
     targets.check_output(output, force=force)
-    looked = [targets.examined_beside(name, model) for name in names]
-    if model is not None and not any(found.origin.model for found in looked):
-        raise UsageError(f"--model {model}: builds none of {', '.join(names)}, which the zoo knows; leave --model out")
-    entries = [entry(found) for found in looked]
+    looked = [targets.examined_beside(name, models) for name in names]
+    for model in dict.fromkeys(models):
+        if model not in {built_by for _, built_by in looked}:
+            raise UsageError(f"--model {model}: {', '.join(names)} are built without it; leave --model out")
+    entries = [entry(found) for found, _ in looked]
     shared = Counter(e.target for e in entries)  # se.pt and out/se.pt need their folders to be told apart
     entries = [replace(e, target=n) if shared[e.target] > 1 else e for e, n in zip(entries, names, strict=True)]
     if as_json:

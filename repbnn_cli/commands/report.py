@@ -209,7 +209,7 @@ def _standings(others: Sequence[str], opened: result.Result, model: str | None) 
     found = []
     data = _data(opened.origin.arch)
     for other in others:
-        looked = targets.examined_beside(other, model)
+        looked, _ = targets.examined_beside(other, [model] if model else [])
         if data and (theirs := _data(looked.origin.arch)) not in (data, None):
             views.say(f"note: {other} is for {theirs}, not {data}: left out of the landscape")
             continue

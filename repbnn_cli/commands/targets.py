@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,20 @@ def examined(
     return Examined(target, network, layers, src.origin, trained=src.file is not None, file=src.file)
 
 
-def examined_beside(name: str, model: str | None) -> Examined:
-    """One of several networks, of which `model` builds those that the zoo does not know."""
-    if model is None or is_zoo_name(name):
-        return examined(name)
-    try:
-        return examined(name, model=model)
-    except (CheckpointError, UsageError) as error:
+def examined_beside(name: str, models: Sequence[str] = ()) -> tuple[Examined, str | None]:
+    """One of several networks, and which of `models` built it: the first that fits, None where the zoo knows it."""
+    refusals: list[RepbnnError] = []
+    for model in () if is_zoo_name(name) else models:
         try:
-            return examined(name)
-        except RepbnnError:
-            raise error from None
+            return examined(name, model=model), model
+        except (CheckpointError, UsageError) as error:
+            refusals.append(error)
+    try:
+        return examined(name), None
+    except RepbnnError:
+        if refusals:
+            raise refusals[-1] from None
+        raise
 
 
 def check_agrees(
