@@ -17,6 +17,7 @@ namesake on the same inputs, so that a sign that rounding flipped in one counts 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -132,8 +133,8 @@ def compare(plain: Network, fused: Fused, batches: Iterable[Tensor]) -> Agreemen
     return Agreement(
         sum(p.images for p in parts),
         sum(p.flipped for p in parts),
-        max((p.largest_flip for p in parts), default=0.0),
-        max((p.logits for p in parts), default=0.0),
+        largest(p.largest_flip for p in parts),
+        largest(p.logits for p in parts),
         sum(p.same_class for p in parts),
     )
 
@@ -142,22 +143,26 @@ def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
     before, after = _Inputs(), _Inputs()
     with before.of(plain.module.get_submodule(b.path) for b in fused.blocks), after.of(fused.blocks):
         expected, given = (logits_of(n(images)).flatten(1) for n in (plain.module, fused.module))
+    blocks = {(id(plain.module.get_submodule(b.path)), b.call): b for b in fused.blocks}
     clean = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    largest = 0.0
-    for block, x, seen in zip(fused.blocks, before.seen, after.seen, strict=True):
-        x = centre(x) if block.centred else x
+    flips: list[float] = []
+    for call, x in before.seen.items():  # in the order of the network, which is not that of the blocks
+        if call not in blocks:
+            continue
+        block = blocks[call]
+        x, seen = centre(x) if block.centred else x, after.seen[id(block), 0]
         signs = unpack_activations(seen, x.shape[1]) if seen.dtype == torch.int32 else _signs(seen, block)
-        flips = x.sign() != signs  # an exact 0 among them: packed bits have no sign 0
-        wrong = (x.abs() * flips).reshape(len(images), -1)  # an image is β samples where copies are convolved alone
-        first = flips.reshape(len(images), -1).any(1) & clean  # what differs further down follows from the first
+        differ = x.sign() != signs  # an exact 0 among them: packed bits have no sign 0
+        wrong = (x.abs() * differ).reshape(len(images), -1)  # an image is β samples where copies are convolved alone
+        first = differ.reshape(len(images), -1).any(1) & clean  # what differs further down follows from the first
         if bool(first.any()):
-            largest = max(largest, float(wrong[first].max() / x.abs().max()))
+            flips.append(float(wrong[first].max() / x.abs().max()))
             clean &= ~first
     difference = (expected - given).abs()[clean]
     return Agreement(
         len(images),
         int((~clean).sum()),
-        largest,
+        largest(flips),
         float(difference.max() / expected.abs().max()) if len(difference) else 0.0,
         int((expected.argmax(1) == given.argmax(1)).sum()),
     )
@@ -168,21 +173,23 @@ def _signs(x: Tensor, block: FusedBlock) -> Tensor:
 
 
 class _Inputs:
-    """The first argument of every call of some modules, in the order of the calls."""
+    """seen: (a module's id, how many calls of it there were before) → its first argument, in the order of the calls."""
 
     def __init__(self) -> None:
-        self.seen: list[Tensor] = []
+        self.seen: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
     def of(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        calls: Counter[int] = Counter()
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.seen[id(module), calls[id(module)]] = args[0].clone()  # somebody may write to it later
+            calls[id(module)] += 1
+
         unique = {id(m): m for m in modules}  # a module called twice is watched once
-        hooks = [m.register_forward_pre_hook(self._keep) for m in unique.values()]
+        hooks = [m.register_forward_pre_hook(keep) for m in unique.values()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module
-        self.seen.append(args[0].clone())  # somebody may write to it later

@@ -11,12 +11,15 @@ exactly, because elementwise operators do not care how channels are counted. The
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from repbnn_cli.deploy.match import is_hardtanh
+from repbnn_cli.deploy.writes import Writes
 from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.rep_layers import fold, unfold
@@ -35,12 +38,14 @@ def behind_elementwise(network: Network) -> Network:
 
 
 class _Pass:
-    """plain: node of the new graph that holds a folded tensor → (the node that holds it unfolded, β)."""
+    """plain: node of the new graph that holds a folded tensor → (the node that holds it unfolded, how it is folded: β,
+    and the number of samples where each has several rows)."""
 
     def __init__(self, network: Network) -> None:
         self.network, self.graph = network, fx.Graph()
+        self.writes = Writes(network)
         self.new: dict[fx.Node, fx.Node] = {}
-        self.plain: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.plain: dict[fx.Node, tuple[fx.Node, tuple[Any, ...]]] = {}
 
     def graph_of(self) -> fx.Graph:
         for node in self.network.graph.nodes:
@@ -51,43 +56,47 @@ class _Pass:
         return self.graph
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        given = [self.new[n] for n in node.all_input_nodes]
-        folded = [self.plain[n] for n in given if n in self.plain]
-        if node.op == "call_function" and node.target is unfold and given[0] in self.plain:
-            return self.plain[given[0]][0]
-        if folded and self._is_elementwise(node) and len({beta for _, beta in folded}) == 1:
-            return self._elementwise(node, folded[0][1])
-        copied = self.graph.node_copy(node, lambda n: self.new[n])
-        if node.op == "call_function" and node.target is fold and not node.kwargs:
-            self.plain[copied] = (given[0], int(node.args[1]))  # type: ignore[arg-type]
-        return copied
+        if node.op == "call_function" and node.target in (fold, unfold) and not node.kwargs:
+            given: tuple[Any, ...] = fx.map_arg(node.args, lambda n: self.new[n])
+            x, how = given[0], given[1:]
+            if node.target is unfold and x in self.plain and self.plain[x][1] == how:
+                return self.plain[x][0]
+            copied = self.graph.node_copy(node, lambda n: self.new[n])
+            if node.target is fold and not self.writes.ever(node):
+                self.plain[copied] = (x, how)
+            return copied
+        ways = {self.plain[at][1] for n in node.all_input_nodes if (at := self.new[n]) in self.plain}
+        if len(ways) == 1 and self._is_elementwise(node) and not self.writes.ever(node):
+            return self._elementwise(node, *ways)
+        return self.graph.node_copy(node, lambda n: self.new[n])
 
     def _is_elementwise(self, node: fx.Node) -> bool:
-        """Sums of two tensors of one shape, hardtanh and identity, none of them in place."""
+        """Sums of two tensors of one shape, hardtanh and identity."""
         if node.op == "call_module":
             module = fetch(self.network.module, str(node.target))
-            return isinstance(module, nn.Identity) or (isinstance(module, nn.Hardtanh) and not module.inplace)
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            return not hooked and (type(module) is nn.Identity or is_hardtanh(module))
         shapes = {tuple(n.meta["value"].shape) for n in node.all_input_nodes if hasattr(n.meta["value"], "shape")}
-        plain = node.op == "call_function" and node.target in _ELEMENTWISE and not node.kwargs.get("inplace")
-        return plain and len(shapes) == 1
+        return node.op == "call_function" and node.target in _ELEMENTWISE and len(shapes) == 1
 
-    def _elementwise(self, node: fx.Node, beta: int) -> fx.Node:
+    def _elementwise(self, node: fx.Node, how: tuple[Any, ...]) -> fx.Node:
         """The operator on unfolded operands, and a fold of its result for those who still want that."""
 
         def operand(old: fx.Node) -> fx.Node:
             at = self.new[old]
-            return self.plain[at][0] if at in self.plain else self._call(unfold, (at, beta), unfold(value(at), beta))
-
-        def value(at: fx.Node) -> Any:
-            return at.meta["value"]
+            return self.plain[at][0] if at in self.plain else self._call(unfold, at, how)
 
         inner = self.graph.node_copy(node, operand)
-        inner.meta["value"] = unfold(value(node), beta)
-        folded = self._call(fold, (inner, beta), value(node))
-        self.plain[folded] = (inner, beta)
+        inner.meta["value"] = unfold(node.meta["value"], *_values(how))
+        folded = self._call(fold, inner, how)
+        self.plain[folded] = (inner, how)
         return folded
 
-    def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
-        node = self.graph.call_function(function, args)
-        node.meta["value"] = value
+    def _call(self, function: Callable[..., Tensor], x: fx.Node, how: tuple[Any, ...]) -> fx.Node:
+        node = self.graph.call_function(function, (x, *how))
+        node.meta["value"] = function(x.meta["value"], *_values(how))
         return node
+
+
+def _values(how: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(part.meta["value"] if isinstance(part, fx.Node) else part for part in how)

@@ -79,9 +79,7 @@ class _Watched:
 
     def __init__(self, module: nn.Module, in_channels: int) -> None:
         like = next(iter(module.parameters()), torch.zeros(()))
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((2, in_channels, 8, 8), generator=generator)  # no exact zeros: sign(0) is no question here
-        self.module, self.x = module, x.to(like.device, torch.float32)
+        self.module, self.x = module, of_all_sizes((2, in_channels, 8, 8)).to(like.device)
         self.calls, self.output, self.failure = self._run()
 
     def _run(self, kernel: Tensor | None = None) -> tuple[list[ConvCall], Tensor, str | None]:
@@ -166,6 +164,16 @@ def _inner_pixel(call: ConvCall) -> Pair | None:
         found.append(next(at, None))
     row, column = found
     return None if row is None or column is None else (row, column)
+
+
+def of_all_sizes(shape: tuple[int, ...]) -> Tensor:
+    """Random numbers of both signs and of eleven decades, float32: a threshold or a bound shows at some size.
+
+    No exact zeros: what the sign of 0 is, is no question here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signed = torch.randn(shape, generator=generator)
+    return signed * 10 ** (torch.rand(shape, generator=generator) * 10 - 6)
 
 
 def centre(x: Tensor) -> Tensor:

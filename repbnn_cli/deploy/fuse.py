@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from repbnn_cli.deploy.folds import behind_elementwise
 from repbnn_cli.deploy.forms import centre
 from repbnn_cli.deploy.match import Match, Matches, match
+from repbnn_cli.deploy.writes import Writes
 from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.kernels import Backend
 from repbnn_cli.kernels.blocks import PackedBlock, run
@@ -39,7 +40,7 @@ class FusedBlock(nn.Module):
 
     def __init__(self, found: Match, block: PackedBlock, backend: Backend, *, values: bool, signs: bool) -> None:
         super().__init__()
-        self.path, self.parts, self.centred = found.path, found.parts, found.centred
+        self.path, self.call, self.parts, self.centred = found.path, found.call, found.parts, found.centred
         self.block, self.backend = block, backend
         self.values, self.signs = values, signs
         self.counting, self.zeros = False, 0
@@ -97,7 +98,7 @@ def fuse(network: Network, layers: Mapping[str, Layer], backend: Backend) -> Fus
     tree = bare(network.module, copy.copy)
     blocks = nn.ModuleList()
     tree.add_module(_FOLDER, blocks)
-    graph = _Rewrite(matches, blocks, backend).graph_of(network.graph)
+    graph = _Rewrite(network, matches, blocks, backend).graph_of(network.graph)
     module = KeptGraphModule(tree, graph, class_name=f"Fused{type(network.module).__name__}")
     graph.lint()
     module.recompile()
@@ -117,8 +118,9 @@ class _Signs:
 class _Rewrite:
     """One pass over the graph: a block is put where its last node was, all other nodes are copied."""
 
-    def __init__(self, matches: Matches, blocks: nn.ModuleList, backend: Backend) -> None:
+    def __init__(self, network: Network, matches: Matches, blocks: nn.ModuleList, backend: Backend) -> None:
         self.matches, self.blocks, self.backend = matches, blocks, backend
+        self.writes = Writes(network)
         self.takers = {m.nodes[0]: m for m in matches.matched if not m.centred}
         self.plan = {m.last: self._signs_of(m) for m in matches.matched}
         self.new: dict[fx.Node, fx.Node] = {}
@@ -140,7 +142,9 @@ class _Rewrite:
         """One sort of signs per block: of the value as it is, or behind one RSign."""
         last = found.last
         for of in (last, *(u for u in last.users if u in self.matches.shifts)):
-            to = frozenset(u for u in of.users if u in self.takers)
+            takers = (u for u in of.users if u in self.takers)
+            # Signs are those of the block's end: what is written into later has others.
+            to = frozenset(u for u in takers if self.writes.between(last, u, (last, of)) is None)
             if to:
                 served = to if of is last else {of} if to == frozenset(of.users) else set()
                 return _Signs(of, to, values=bool(set(last.users) - served))

@@ -10,36 +10,40 @@ names what comes next. What cannot run fused at all is a `Miss` with the reason.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repbnn_cli.deploy.forms import BinaryForm, binary_form
+from repbnn_cli.deploy.forms import BinaryForm, binary_form, of_all_sizes
+from repbnn_cli.deploy.writes import Writes
 from repbnn_cli.graph import Network
 from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.kernels.blocks import Activation, PackedBlock
 from repbnn_cli.kernels.packing import pack_kernel
+from repbnn_cli.profiler.liveness import written_by
 from repbnn_cli.recognize import Layer
 from repbnn_cli.rep_layers import is_batch_norm
 from repbnn_cli.restoring import unchanged
 
 _SUMS = (operator.add, operator.iadd, torch.add)
-_WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 @dataclass(frozen=True)
 class Match:
-    """One block. nodes: what it replaces, in order; residual: the node added; shift: the RSign node before it.
+    """One block. nodes: what it replaces, in order; residual: the node added; call: which call of its module it is.
 
     parts: what it does, in words; then: what follows and is not part of it, where a convolution's own epilogue was
     expected ("max_pool2d"); centred: see BinaryForm.
     """
 
     path: str
+    call: int
     block: PackedBlock
     nodes: tuple[fx.Node, ...]
     input: fx.Node
@@ -74,11 +78,14 @@ def match(network: Network, layers: Mapping[str, Layer]) -> Matches:
     """All blocks of a network in eval mode, in order of the graph; reads the network, changes nothing."""
     matcher = _Matcher(network)
     matched, missed, shifts = [], [], {}
+    calls: Counter[int] = Counter()
     for node in network.graph.nodes:
         layer = layers.get(str(node.target)) if node.op == "call_module" else None
         if layer is None or not layer.kernel_shape or not layer.binary:
             continue
-        found = matcher.block(node, layer)
+        module = id(fetch(network.module, str(node.target)))
+        found = matcher.block(node, layer, calls[module])
+        calls[module] += 1
         if isinstance(found, Miss):
             missed.append(found)
             continue
@@ -105,12 +112,13 @@ class _Epilogue:
 
 class _Matcher:
     def __init__(self, network: Network) -> None:
-        self.root = network.module
+        self.network, self.root = network, network.module
+        self._writes = Writes(network)
         self._taken: set[fx.Node] = set()  # a sum of two blocks belongs to the first
         self._forms: dict[str, BinaryForm | str] = {}
         self._shifts: dict[str, Tensor | None] = {}
 
-    def block(self, node: fx.Node, layer: Layer) -> Match | Miss:
+    def block(self, node: fx.Node, layer: Layer, call: int) -> Match | Miss:
         path = str(node.target)
         form = self._form(path, layer)
         if isinstance(form, str):
@@ -118,7 +126,8 @@ class _Matcher:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return Miss(path, "it is called with more than its input")
         end = self._epilogue(node, form)
-        if written := self._written(node.args[0], end):
+        read = [n for n in (node.args[0], end.residual) if n is not None]
+        if written := self._writes.between(node, end.nodes[-1], read, own=end.nodes):
             return Miss(path, f"{written} is changed in place before the block ends")
         self._taken |= set(end.nodes)
         block = PackedBlock(
@@ -137,7 +146,9 @@ class _Matcher:
         if not any("BatchNorm" in part for part in end.parts):
             following = self._next(end.nodes[-1])
             then = "several uses" if following is None else self._name(following)
-        return Match(path, block, tuple(end.nodes), node.args[0], end.residual, form.centred, tuple(end.parts), then)
+        return Match(
+            path, call, block, tuple(end.nodes), node.args[0], end.residual, form.centred, tuple(end.parts), then
+        )
 
     def _form(self, path: str, layer: Layer) -> BinaryForm | str:
         if layer.called:
@@ -161,6 +172,8 @@ class _Matcher:
         norm = self._module(node)
         if node is None or not is_batch_norm(norm) or norm.running_mean is None or norm.running_var is None:
             return
+        if norm.training:  # whatever the network is: it normalises by its batch
+            return
         repeats = getattr(norm, "repeats", 1)
         scale, shift = folded(norm)
         end.scale, end.shift = end.scale.repeat(repeats) * scale, end.shift.repeat(repeats) * scale + shift
@@ -175,7 +188,7 @@ class _Matcher:
         others = [a for a in node.args if a is not last]
         if len(others) != 1 or not isinstance(others[0], fx.Node):  # x + x, x + 1
             return
-        if writes_in_place(self.root, node) and node.args[0] is not last:  # x += block: others may read x later
+        if written_by(self.network, node) not in (None, last):  # x += block: others may read x later
             return
         mine, other = last.meta["value"], others[0].meta["value"]
         if not isinstance(other, Tensor) or other.shape != mine.shape:
@@ -201,7 +214,7 @@ class _Matcher:
 
     def _is_hardtanh(self, node: fx.Node) -> bool:
         module = self._module(node)
-        if isinstance(module, nn.Hardtanh):
+        if is_hardtanh(module):
             return (module.min_val, module.max_val) == (-1, 1)
         if node.op == "call_function" and node.target is F.hardtanh:
             bounds = dict(zip(("min_val", "max_val"), node.args[1:3], strict=False)) | dict(node.kwargs)
@@ -224,7 +237,7 @@ class _Matcher:
             taken.append(node)
             node = self._next(node)
         prelu = self._module(node)
-        if node is None or not isinstance(prelu, nn.PReLU):
+        if node is None or not isinstance(prelu, nn.PReLU) or type(prelu).forward is not nn.PReLU.forward:
             return
         taken.append(node)
         following = self._next(node)
@@ -236,16 +249,6 @@ class _Matcher:
         end.rprelu = torch.stack([before, prelu.weight.detach().float().expand(channels), after])
         end.nodes += taken
         end.parts.append("RPReLU" if len(taken) > 1 else "PReLU")
-
-    def _written(self, given: fx.Node, end: _Epilogue) -> str | None:
-        """An operand that somebody writes to between the block's first node and its last, where the block reads it."""
-        node = end.nodes[0]
-        while node is not end.nodes[-1]:
-            node = node.next
-            operand = node.args[0] if node.args else None
-            if node not in end.nodes and operand in (given, end.residual) and writes_in_place(self.root, node):
-                return str(operand)
-        return None
 
     def _following(self, end: _Epilogue) -> fx.Node | None:
         """What the block could take next: the only user of its value, unless another block has it."""
@@ -263,7 +266,7 @@ class _Matcher:
         if node is None or node.op != "call_module":
             return None
         module: nn.Module = fetch(self.root, str(node.target))
-        return module
+        return None if module._forward_hooks or module._forward_pre_hooks else module  # a hook may change values
 
     def _name(self, node: fx.Node) -> str:
         module = self._module(node)
@@ -286,8 +289,7 @@ def _shift(module: nn.Module, channels: int) -> Tensor | None:
     like = next(module.parameters())
     if like.numel() != channels or isinstance(module, _BatchNorm | nn.PReLU):
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((2, channels, 2, 3), generator=generator).to(like.device)
+    x = of_all_sizes((2, channels, 4, 6)).to(like.device)
     with unchanged(module), torch.no_grad():
         try:
             values = module(torch.zeros_like(x))[0, :, 0, 0]
@@ -297,14 +299,9 @@ def _shift(module: nn.Module, channels: int) -> Tensor | None:
     return values.detach().float() if same else None
 
 
-def writes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(fetch(root, str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    name = getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or node.target in _WRITING or (name.endswith("_") and name[0] != "_")
+def is_hardtanh(module: nn.Module | None) -> TypeGuard[nn.Hardtanh]:
+    """Whether a module clamps as torch's Hardtanh does; a subclass may do something else."""
+    return isinstance(module, nn.Hardtanh) and type(module).forward is nn.Hardtanh.forward
 
 
 def folded(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

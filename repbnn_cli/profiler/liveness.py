@@ -52,11 +52,9 @@ def from_input(graph: fx.Graph) -> set[fx.Node]:
 def peak_memory(network: Network, live: set[fx.Node]) -> Peak:
     """The node during which most bytes are alive: its inputs, its result, and what later nodes still need."""
     nodes = list(network.graph.nodes)
-    owner: dict[fx.Node, fx.Node] = {}
+    owner = owners(network)
     last: dict[fx.Node, int] = {}
     for position, node in enumerate(nodes):
-        source = _shares_with(network, node)
-        owner[node] = node if source is None else owner[source]
         for used in (node, *node.all_input_nodes):
             last[owner[used]] = position
     ending: dict[int, list[fx.Node]] = {}
@@ -75,19 +73,43 @@ def peak_memory(network: Network, live: set[fx.Node]) -> Peak:
     return peak
 
 
+def owners(network: Network) -> dict[fx.Node, fx.Node]:
+    """Each node → the one that made the memory which its result lies in."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in network.graph.nodes:
+        source = _shares_with(network, node)
+        owner[node] = node if source is None else owner[source]
+    return owner
+
+
+def written_by(network: Network, node: fx.Node) -> fx.Node | None:
+    """The operand whose values a node changes, if any."""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    if node.op == "call_module":
+        writes = getattr(fetch(network.module, str(node.target)), "inplace", False) is True
+    else:
+        writes = is_write(node) or node.kwargs.get("inplace") is True
+    return _first_operand(node) if writes else None
+
+
 def _shares_with(network: Network, node: fx.Node) -> fx.Node | None:
     """The node whose memory the result lies in, if any."""
-    first = next((a for a in node.args if isinstance(a, fx.Node)), None)
+    first = _first_operand(node)
     if first is None or not holds_tensor(first.meta["value"]):
         return None
+    if written := written_by(network, node):
+        return written
     if node.op == "call_module":
         module: Any = fetch(network.module, str(node.target))
         view = type(module) in _VIEW_MODULES or (isinstance(module, ChannelSelect) and module.prefix)
-        return first if view or getattr(module, "inplace", False) is True else None
-    if node.op not in ("call_function", "call_method"):
-        return None
-    written = is_write(node) or node.kwargs.get("inplace") is True
-    return first if written or name_of(node) in VIEWS else None
+        return first if view else None
+    return first if node.op in ("call_function", "call_method") and name_of(node) in VIEWS else None
+
+
+def _first_operand(node: fx.Node) -> fx.Node | None:
+    return next((a for a in node.args if isinstance(a, fx.Node)), None)
 
 
 def _bytes(value: Any) -> int:
