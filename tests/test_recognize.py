@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from repbnn_cli import graph, surgery, verify, zoo
 from repbnn_cli.binary_conv import GatedConv2d, IRConv2d, RBNNConv2d, SignConv2d
 from repbnn_cli.errors import RulesError, SurgeryError
+from repbnn_cli.graph import probe
 from repbnn_cli.layers import LearnableBias
 from repbnn_cli.recognize import Layer, recognize
 
@@ -358,3 +359,54 @@ def test_bits_are_read_off_the_values() -> None:
     for module, bits in ((Zeroes(8, 8, 3, padding=1), 1), (BinaryConv(8, 8, 3, padding=1), 1)):
         network = graph.capture(randomize(Body(nn.Sequential(module))), (3, 16, 16))
         assert recognize(network)["body.0"].activation_bits == bits
+
+
+ONE_BIT = {
+    "exact 0, 1": lambda x: (x > 0).float(),
+    "0, 1 behind a clamp": lambda x: (x > 0.1).float().detach() + x.clamp(0, 1) - x.clamp(0, 1).detach(),
+    "signs behind a clamp": lambda x: x.sign().detach() + x.clamp(-1, 1) - x.clamp(-1, 1).detach(),
+    "signs behind the values": lambda x: x.sign().detach() + x - x.detach(),
+    "another order": lambda x: (torch.where(x >= 0.5, 1.0, -1.0) - x.clamp(0, 1)).detach() + x.clamp(0, 1),
+}
+
+
+class Quantised(BinaryConv):
+    def __init__(self, quantiser: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.quantiser = quantiser
+
+    def binarize_input(self, x: Tensor) -> Tensor:
+        return self.quantiser(x)
+
+
+@pytest.mark.parametrize("how", ONE_BIT)
+def test_an_estimator_that_rounds_leaves_one_bit(how: str) -> None:
+    """`s.detach() + x - x.detach()` is s up to the last bits of x, which makes a third and a fourth value."""
+    network = graph.capture(randomize(Body(nn.Sequential(Quantised(ONE_BIT[how])))), (3, 32, 32))
+    layer = recognize(network)["body.0"]
+    assert (layer.role, layer.activation_bits) == ("binary_conv", 1)
+
+
+def test_levels_that_lie_close_are_counted_apart_from_rounding() -> None:
+    step = 1e-3  # a hundred times what counts as rounding
+    for levels, bits in ((4, 2), (16, 4), (256, 8), (5000, 32)):
+        values = torch.randint(levels, (40000,), generator=torch.Generator().manual_seed(0)) * step
+        noise = torch.rand(40000, generator=torch.Generator().manual_seed(1)) * step * levels * 5e-7
+        assert probe.value_bits(values + noise) == bits
+    assert probe.value_bits(torch.rand(500000)) == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_kernel_behind_an_estimator_is_binary_in_every_precision(dtype: torch.dtype) -> None:
+    """ReActNet's: sign · magnitude − clamp + clamp, whose rounding is that of the latent weight."""
+
+    class HardBinary(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight.abs().mean((1, 2, 3), keepdim=True).detach()
+            signs, passing = scale * self.weight.sign(), self.weight.clamp(-1, 1)
+            return F.conv2d(x.sign(), signs.detach() - passing.detach() + passing, None, 1, 1)
+
+    model = Body(nn.Sequential(HardBinary(8, 8, 3, bias=False)))
+    nn.init.normal_(model.body[0].weight, std=0.05)
+    layer = recognize(graph.capture(model.to(dtype).eval(), (3, 16, 16)))["body.0"]
+    assert (layer.role, layer.weight_bits) == ("binary_conv", 1)

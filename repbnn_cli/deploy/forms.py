@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repbnn_cli.graph.probe import ConvCall, ConvCalls, applying
+from repbnn_cli.graph.probe import ConvCall, ConvCalls, applying, spread_of_scaled
 from repbnn_cli.restoring import unchanged
 
 Pair = tuple[int, int]
 _TOLERANCE = 1e-5  # of the largest value; float32 rounding over one layer stays a decade below
-_RELATIVE = 1e-5
+_SIGN = 1e-5  # what an estimator written as `s.detach() - x.detach() + x` leaves of the sign s
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def kernel_signs(kernel: Tensor) -> tuple[Tensor, Tensor] | str:
     largest = filters.abs().amax(1, keepdim=True)
     if zeros := int(((filters == 0) & (largest > 0)).sum()):
         return f"{zeros} of its {filters.numel()} weights have sign 0, which no bit can hold"
-    if bool(((filters.abs() - largest).abs() > _RELATIVE * largest).any()):
+    if bool(((filters.abs() - largest).abs() > spread_of_scaled(kernel.dtype) * largest).any()):
         return "its kernel does not have one magnitude per filter"
     # The mean: magnitudes within a filter may differ in the last bit (see binarize.scaled_sign).
     return torch.where(kernel >= 0, 1.0, -1.0), filters.double().abs().mean(1)
@@ -115,9 +115,10 @@ class _Watched:
 
     def _centred(self) -> bool | None:
         """Whether sign(x − mean of the sample) is convolved; False for sign(x), None for anything else."""
-        if torch.equal(self.call.input, self.x.sign()):
-            return False
-        return True if torch.equal(self.call.input, centre(self.x).sign()) else None
+        for centred, x in ((False, self.x), (True, centre(self.x))):
+            if torch.allclose(self.call.input, x.sign(), rtol=0, atol=_SIGN):
+                return centred
+        return None
 
     def form(self, kernel: Tensor, magnitude: Tensor) -> BinaryForm | str:
         """The affine map from convolution to output, read off kernels for which the convolution gives 0 and ±1."""

@@ -159,7 +159,7 @@ def _kernel_bits(kernel: Tensor) -> int:
     filters = kernel.detach().reshape(len(kernel), -1)
     magnitude = filters.abs()
     largest = magnitude.amax(1, keepdim=True)
-    tolerance = 1e-5 * largest
+    tolerance = spread_of_scaled(kernel.dtype) * largest
     zero = magnitude == 0
     if bool(zero.float().mean() > _MOST_ZEROS):
         return 32
@@ -173,16 +173,40 @@ def _kernel_bits(kernel: Tensor) -> int:
     return 2 if bool(zero[single & ~two].sum() > _MOST_CHANCE_ZEROS * zero.numel()) else 1
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What equal numbers may differ by, relative to the largest, since `s.detach() - x.detach() + x` rounds."""
+    return 8 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def spread_of_scaled(dtype: torch.dtype) -> float:
+    """What the magnitudes of a kernel of scaled signs may differ by, relative to the largest."""
+    return max(1e-5, rounding(dtype))
+
+
+def _levels(distinct: Tensor, tolerance: float) -> Tensor:
+    """One value, the one nearest to 0, for each group that lies within the tolerance; all of them where real numbers
+    lie so close that there are no groups. distinct: sorted."""
+    if len(distinct) < 2 or not distinct.is_floating_point():
+        return distinct
+    apart = tolerance * float(distinct.abs().max())
+    starts = torch.cat([distinct.new_ones(1, dtype=torch.bool), distinct.diff() > apart])
+    first, last = distinct[starts], distinct[torch.cat([starts[1:], starts.new_ones(1)])]
+    if not bool(((last - first) <= 4 * apart).all()):  # NaN and infinity among them, too
+        return distinct
+    nearest = torch.where(last <= 0, last, first)
+    return torch.where((first <= apart) & (last >= -apart), 0, nearest)
+
+
 def value_bits(values: Tensor) -> int:
     """The smallest of 1, 2, 4, 8 bits that can hold the distinct values, else 32."""
     if values.is_meta:
         return 32
     # Zeros are what sign gives for exact zeros and zero padding; they do not need a bit of their own.
-    distinct = torch.unique(values.detach())
+    distinct = _levels(torch.unique(values.detach()), rounding(values.dtype))
     if not bool(distinct.any()):  # all zero, as in a capture for shapes only
         return 32
     nonzero = int((distinct != 0).sum())
-    signs = nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1]))
+    signs = nonzero == 2 and bool(torch.isclose(distinct[0], -distinct[-1], rtol=rounding(values.dtype)))
     count = nonzero if signs else len(distinct)
     # Too few values tell nothing, but that real numbers are all ±a is hardly chance.
     if values.numel() < (_MANY // 4 if signs else max(_MANY, 4 * count)):
