@@ -121,7 +121,7 @@ def from_file(
     found = identify.resolve(file, arch)
     with torch.device("meta"):
         network = zoo.build(found.arch, found.num_classes)
-    assign(network, found.tensors)
+    user_model.load_weights(network, found.tensors, path=path)
     network.eval()
     origin = zoo_origin(found.arch, input_size, found.num_classes)
     return Source(network, origin, file, found.reason, (*file.notes, *found.notes), found.left_out)

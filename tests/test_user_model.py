@@ -357,17 +357,18 @@ class Small(nn.Module):
         self.fc = nn.Linear(2, classes)
 
 
-def test_weights_are_taken_over_in_their_own_dtype() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_weights_are_taken_over_without_losing_bits(dtype: torch.dtype) -> None:
     model, source = Small().eval(), Small()
     model.fc.weight.requires_grad_(False)
     weight = model.fc.weight
-    given = {name: t.half() if t.is_floating_point() else t for name, t in source.state_dict().items()}
+    given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in source.state_dict().items()}
     assert load_weights(model, given) is model
     assert not model.training
     assert model.fc.weight is weight
-    assert weight.dtype == torch.float16
+    assert weight.dtype == torch.promote_types(dtype, torch.float32)  # as load_state_dict widens 16 bits
     assert not weight.requires_grad
-    assert weight.data_ptr() == given["fc.weight"].data_ptr()
+    assert (weight.data_ptr() == given["fc.weight"].data_ptr()) == (dtype != torch.float16)
     assert model.backbone[1].num_batches_tracked.dtype == torch.int64
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, given[name])
@@ -450,3 +451,26 @@ def test_weights_that_do_not_fit() -> None:
 def test_another_number_of_classes_is_pointed_out() -> None:
     with pytest.raises(CheckpointError, match="it was trained with 100 outputs, set that in --model-args"):
         load_weights(Small(), Small(100).state_dict())
+
+
+def test_tensors_of_things_that_the_model_has_no_part_of_are_left_out(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.pt", Small().state_dict()
+    torch.save({**state, "criterion.weight": torch.zeros(3), "teacher.fc.weight": torch.zeros(3)}, path)
+    file, said = part_of(load(path), Small())
+    assert said == "left out criterion.weight, teacher.fc.weight, of which the model has no part"
+    assert file.tensors.keys() == state.keys()
+    torch.save({**state, "criterion.weight": torch.zeros(3), "fc.scale": torch.zeros(3)}, path)
+    file, said = part_of(load(path), Small())
+    assert said == ""  # fc is a part of the model: another model than this one
+    with pytest.raises(CheckpointError, match="does not fit the model: 2 unexpected"):
+        load_weights(Small(), file.tensors, prefix=file.prefix)
+
+
+def test_counters_of_thop_are_left_out(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.pt", Small().state_dict()
+    torch.save(
+        {**state, "total_ops": torch.zeros(1), "fc.total_ops": torch.zeros(1), "fc.total_params": torch.zeros(1)}, path
+    )
+    file = load(path)
+    assert file.tensors.keys() == state.keys()
+    assert file.notes == ("left out thop's counters (total_ops, fc.total_ops, fc.total_params)",)

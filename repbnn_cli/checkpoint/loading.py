@@ -46,6 +46,7 @@ ACCURACY_KEYS = (
     "best_val_acc", "best_prec", "prec1", "top1_acc", "top1", "acc1", "test_acc", "val_acc", "acc", "accuracy",
 )
 # fmt: on
+_COUNTERS = ("total_ops", "total_params")  # buffers that thop registers where it counts
 _DEEPEST = 4
 _LONGEST = 64
 
@@ -112,6 +113,9 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool =
     if payload is not None:
         kind, key = FORMAT, key or "tensors"
     found = _find(path, content, key)
+    if payload is None and (counters := [n for n in found.tensors if n.rpartition(".")[2] in _COUNTERS]):
+        rest = {name: tensor for name, tensor in found.tensors.items() if name not in counters}
+        found = found._replace(tensors=rest, notes=[*found.notes, f"left out thop's counters ({some(counters)})"])
     without_data = [name for name, tensor in found.tensors.items() if tensor.is_meta]
     if without_data:
         raise CheckpointError(

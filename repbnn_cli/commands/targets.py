@@ -18,6 +18,7 @@ from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer, recognize
 from repbnn_cli.rules import RuleSet
 from repbnn_cli.source import Origin, Source
+from repbnn_cli.user_code import user_model
 from repbnn_cli.wording import some
 
 DEFAULT_RULES = "reptran"
@@ -215,11 +216,13 @@ def network_of(name: str, *, input_size: str | None = None, **origin: Any) -> So
 
 
 def say_choice(src: Source, key: str | None) -> None:
-    """What of the file was taken, where there was a choice; nothing where `--key` made it."""
+    """What of the file was taken, where there was a choice (none where `--key` made it), and what became of it."""
     if src.file is not None and src.file.others and key is None:
         views.say(f"note: took {src.file.container} of the file; --key takes {some(src.file.others)} instead")
     if src.left_out:
         views.say(f"note: {src.left_out}")
+    if src.file is not None and (narrow := user_model.widened(src.file.tensors, src.model)):
+        views.say(f"note: {narrow}")
 
 
 def say_attempts(network: Network) -> None:

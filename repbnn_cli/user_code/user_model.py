@@ -15,6 +15,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from repbnn_cli.checkpoint import Checkpoint, left_out
 from repbnn_cli.checkpoint.identify import (
     Difference,
     Ignores,
+    Signature,
     compare,
     narrowed,
     nothing,
@@ -40,6 +42,7 @@ from repbnn_cli.user_code.code_base import findable
 from repbnn_cli.user_code.cpu_only import foreign_code
 from repbnn_cli.wording import nearest_file, some
 
+_NARROW = (torch.float16, torch.bfloat16)
 _EXPECTED = "expected path/to/file.py:callable or package.module:callable"
 # Code that is not the user's, for finding his line in a traceback and his files among the loaded modules.
 _FOREIGN = tuple(
@@ -92,15 +95,30 @@ def build(
 
 
 def part_of(file: Checkpoint, model: nn.Module) -> tuple[Checkpoint, str]:
-    """The file with the model's tensors alone, where they all lie under one prefix beside others; and what those are.
+    """The file with the model's tensors alone, where others lie beside them; and what those are.
 
     The file as it is where it fits, or does not fit at all.
     """
     got = shapes_of(file.tensors)
     expected = shapes_of({name: item for name, item in model.state_dict().items() if isinstance(item, Tensor)})
     fits = any(not compare({p + n: s for n, s in got.items()}, expected) for p in prefixes_to_try(file.prefix))
-    starts = [] if fits else starts_within(got, expected)
-    return (narrowed(file, starts), left_out(file.tensors, starts[0])) if starts else (file, "")
+    if fits:
+        return file, ""
+    if starts := starts_within(got, expected):
+        return narrowed(file, starts), left_out(file.tensors, starts[0])
+    return _without_strangers(file, expected)
+
+
+def _without_strangers(file: Checkpoint, expected: Signature) -> tuple[Checkpoint, str]:
+    """The file without tensors of things that the model has no part of (a loss, a teacher), if it fits then."""
+    for prefix in prefixes_to_try(file.prefix):
+        difference = compare({prefix + n: s for n, s in shapes_of(file.tensors).items()}, expected)
+        own = {name.partition(".")[0] for name in expected}
+        others = [n.removeprefix(prefix) for n in difference.unexpected if n.partition(".")[0] not in own]
+        if others and len(others) == difference.count:
+            kept = {n: t for n, t in file.tensors.items() if n not in others}
+            return replace(file, tensors=kept), f"left out {some(others)}, of which the model has no part"
+    return file, ""
 
 
 def load_weights(
@@ -113,10 +131,11 @@ def load_weights(
 ) -> nn.Module:
     """Put ``tensors`` into ``model``, all of them or CheckpointError; returns the model, its mode untouched.
 
-    The tensors are taken over, not copied, and floating-point ones keep their dtype: a half-precision checkpoint gives
-    a half-precision model. Parameter objects, ties between them and ``requires_grad`` stay. ``prefix`` is what
-    ``checkpoint.load`` took off the names and may be put back; names that ``ignores`` holds for may be absent or too
-    many. The error's notes (PEP 678) list the disagreeing tensors, one kind a line.
+    The tensors are taken over, not copied, in the wider of their own dtype and the model's: as by `load_state_dict` a
+    checkpoint of half precision gives a model of single precision. Parameter objects, ties between them and
+    ``requires_grad`` stay. ``prefix`` is what ``checkpoint.load`` took off the names and may be put back; names that
+    ``ignores`` holds for may be absent or too many. The error's notes (PEP 678) list the disagreeing tensors, each kind
+    in a line.
     """
     held = {name: item for name, item in model.state_dict(keep_vars=True).items() if isinstance(item, Tensor)}
     differences = {p: _difference(tensors, held, ignores, p) for p in prefixes_to_try(prefix)}
@@ -130,7 +149,7 @@ def load_weights(
     given = {name: tensor for name, tensor in given.items() if name in held and tensor.shape == held[name].shape}
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     if any(tensor.is_meta for tensor in held.values()):
-        assign(model, given, strict=False)
+        assign(model, {name: _fitted(tensor, held[name]) for name, tensor in given.items()}, strict=False)
     elif all(own.get(name) is tensor for name, tensor in held.items()):
         for name, tensor in given.items():
             held[name].data = _fitted(tensor, held[name])
@@ -149,8 +168,18 @@ def _takes(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _fitted(tensor: Tensor, place: Tensor) -> Tensor:
-    keeps_dtype = tensor.is_floating_point() and place.is_floating_point()
-    return tensor.to(place.device, tensor.dtype if keeps_dtype else place.dtype)
+    """The tensor for this place: where it is, and in the wider of both kinds of real numbers."""
+    real = tensor.is_floating_point() and place.is_floating_point()
+    dtype = torch.promote_types(tensor.dtype, place.dtype) if real else place.dtype
+    return tensor.to(tensor.device if place.is_meta else place.device, dtype)
+
+
+def widened(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
+    """What to say where a model has taken tensors of 16 bits with more bits of its own; "" where it has not."""
+    narrow = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype in _NARROW}
+    if not narrow or any(p.dtype in _NARROW for p in model.parameters()):
+        return ""
+    return f"its weights in {' and '.join(sorted(narrow))} were taken in the network's own precision"
 
 
 def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], ignores: Ignores, prefix: str) -> Difference:
