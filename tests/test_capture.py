@@ -494,3 +494,42 @@ def test_a_network_that_does_not_run_is_no_matter_of_attempts() -> None:
     with pytest.raises(CaptureError, match="the network itself does not run here") as caught:
         graph.capture(nn.Sequential(nn.Sequential(nn.ReLU(), nn.MaxPool2d(7)), nn.Conv2d(3, 3, 9)), (3, 2, 2))
     assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize("name", ["graph", "meta", "code", "in_training"])
+def test_a_name_that_graph_modules_have_is_refused_in_one_line(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Conv2d(3, 4, 3))
+    with pytest.raises(CaptureError, match=rf"^self.{name} of Sequential: torch.fx's GraphModule has an attribute"):
+        graph.capture(model, (3, 8, 8))
+
+
+def test_a_decision_on_what_took_many_steps_is_captured_in_time_that_grows_with_them() -> None:
+    """Spectral normalisation by 40 power iterations: each step uses the last one twice, 2⁴⁰ paths in all."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3) * 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.weight[0]
+            for _ in range(40):
+                v = self.weight.t() @ u
+                v = v / v.norm()
+                u = self.weight @ v
+                u = u / u.norm()
+            sigma = u @ (self.weight @ v)
+            weight = self.weight / sigma if sigma > 1 else self.weight
+            return F.conv2d(x, weight[:, :, None, None])
+
+    model = Spectral().eval()
+    x = images(2, 3)
+    assert torch.equal(graph.capture(model, (3, 8, 8)).module(x), model(x))
+
+
+def test_example_inputs_are_real_numbers_whatever_comes_first() -> None:
+    model = nn.Module()
+    model.counts = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    assert [x.dtype for x in graph.random_inputs(model, [(1, 2)], seed=0)] == [torch.float64]

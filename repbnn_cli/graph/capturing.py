@@ -14,27 +14,19 @@ a shape raises. The tracer here keeps all of these:
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import PythonCode
 
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph.functional import ConvolutionCall, as_modules
-from repbnn_cli.graph.static import static_nodes
-from repbnn_cli.graph.tracer import place_of
-from repbnn_cli.graph.tracing import Traced, TracingError, in_both_modes
-from repbnn_cli.restoring import kept_in_eval, unchanged
+from repbnn_cli.graph.kept import TAKEN, KeptGraphModule
+from repbnn_cli.graph.recording import LeafOpinion, Recording, is_leaf
+from repbnn_cli.graph.tracing import Traced
+from repbnn_cli.restoring import kept_in_eval
 from repbnn_cli.user_code.cpu_only import foreign_code
-
-LeafOpinion = Callable[[str, nn.Module], bool | None]
-
-_OF_A_BLOCK = 3  # parameters beside its kernel: a layer has a scale, perhaps a threshold
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass
@@ -71,40 +63,6 @@ class Network:
         return self.example[0][0]
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is kept whole: it owns what its forward needs, so tracing inside gains nothing.
-
-    A block that owns one scale beside its children is *not* a leaf: its convolutions would disappear. Nor is a layer
-    that owns a kernel beside a BatchNorm or the layers of a gate: each of these is handled as what it is.
-    """
-    if isinstance(module, (fx.GraphModule, *_CONTAINERS)):
-        return False
-    if type(module).__module__.startswith("torch.nn."):
-        return True
-    children = list(module.children())
-    if not children:
-        return True
-    own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
-    # A BatchNorm without affine parameters is a layer, too.
-    below = any(isinstance(m, nn.modules.batchnorm._BatchNorm) or m._parameters for c in children for m in c.modules())
-    if not below:  # owns all parameters itself, or is a parameter-free helper
-        return True
-    kernels = {t.numel() for t in own if kernel_like(t)}
-    return bool(kernels) and not any(_is_layer(m, kernels) for m in module.modules() if m is not module)
-
-
-def _is_layer(module: nn.Module, kernels: set[int]) -> bool:
-    """Whether a child is a layer of its own: a BatchNorm, or a kernel that is no copy of its owner's."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    return any(kernel_like(t) and t.numel() not in kernels for t in module.parameters(recurse=False))
-
-
-def kernel_like(tensor: Tensor) -> bool:
-    """A kernel has at least two dimensions larger than one, or is stored flat as (N, 1)."""
-    return sum(n > 1 for n in tensor.shape) >= 2 or (tensor.ndim == 2 and tensor.shape[1] == 1 and len(tensor) > 1)
-
-
 def capture(
     model: nn.Module,
     input_shape: Sequence[int] | Sequence[Sequence[int]],
@@ -121,136 +79,32 @@ def capture(
         weights are never read (and may be unallocated memory).
     Raises CaptureError naming file, line and construct.
     """
+    if taken := sorted(_own_names(model) & TAKEN):
+        raise CaptureError(
+            f"self.{taken[0]} of {type(model).__name__}: torch.fx's GraphModule has an attribute of that name itself; "
+            f"give this one another, in the code and in the checkpoint's names ({taken[0]}. at their beginning)"
+        )
     shapes = _as_shapes(input_shape)
     examples = tuple(random_inputs(model, [(batch, *s) for s in shapes], seed=0))
 
-    whole: list[str] = []
-    opened: list[str] = []
-    attempts: list[str] = []
-
-    def opinion(path: str, module: nn.Module) -> bool | None:
-        return leaf(path, module) if leaf else None
-
-    def policy(path: str, module: nn.Module) -> bool:
-        told = opinion(path, module)
-        return path in whole or (path not in opened and is_leaf(module)) if told is None else told
-
-    def looked_into(traced: Traced) -> Traced:
-        """The same with modules traced into that are more than one whole layer, as far as they let themselves."""
-        nonlocal opened
-        quantisers = _kernel_quantisers(model, traced.graph)
-        found = _foreign({**_worth_opening(model, traced.graph), **quantisers})
-        opened = [p for p, m in found.items() if opinion(p, m) is None]
-        if not opened:
-            return traced
-        how = f"recorded, with {', '.join(opened)} traced into, which may be more than one whole layer"
-        try:
-            inside = in_both_modes(model, examples, policy, shapes_only)
-            attempts.append(f"{how}: {len(inside.graph.nodes)} operators")
-            calls = [n.meta["path"] for n in inside.graph.nodes if n.meta.get("convs") and n.op == "call_function"]
-            layered = [p for p in opened if p in quantisers or any(f"{at}.".startswith(f"{p}.") for at in calls)]
-            if layered == opened:
-                return inside
-            opened = layered  # in the others no layer shows, so they had better stay whole
-            return in_both_modes(model, examples, policy, shapes_only) if opened else traced
-        except CaptureError as error:
-            attempts.append(f"{how}: {error}")
-            return traced
-
+    recording = Recording(model, examples, leaf, shapes_only)
     with contextlib.nullcontext() if shapes_only else foreign_code():
-        while True:
-            how = f"recorded, with {', '.join(whole)} kept whole" if whole else "recorded, every block traced into"
-            try:
-                traced = in_both_modes(model, examples, policy, shapes_only)
-                break
-            except TracingError as error:
-                attempts.append(f"{how}: {error}")
-                if error.module in whole or not _may_stay_whole(model, error.module):
-                    final = _not_its_fault(model, examples, error)
-                    for attempt in attempts[:-1] if final is error else ():
-                        final.add_note(f"tried before: {attempt}")
-                    raise final from error
-                whole.append(error.module)
-        attempts.append(f"{how}: {len(traced.graph.nodes)} operators")
-        traced = looked_into(traced)
+        traced = recording.looked_into(recording.recorded())
     module = assemble(model, traced)
-    notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in whole)]
+    notes = [*traced.tracer.notes, *(f"{path} cannot be traced into and is kept whole" for path in recording.whole)]
     shapes = tuple(tuple(e.shape) for e in examples)
     in_training = None
     if traced.in_training is not None and module.in_training is not None:
         notes += [note for note in traced.in_training.tracer.notes if note not in notes]
         in_training = Network(module.in_training, shapes)
-    return Network(module, shapes, notes, tuple(attempts), in_training)
+    return Network(module, shapes, notes, tuple(recording.attempts), in_training)
 
 
 def random_inputs(model: nn.Module, shapes: Iterable[Sequence[int]], *, seed: int) -> list[Tensor]:
-    """Normal numbers of these shapes, in the dtype and on the device of the network's first parameter."""
-    like = next(iter(model.parameters()), torch.zeros(()))
+    """Normal numbers of these shapes, in the dtype and on the device of the first parameter that holds real numbers."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator(device=like.device).manual_seed(seed)
     return [torch.randn(tuple(s), generator=generator, dtype=like.dtype, device=like.device) for s in shapes]
-
-
-def _worth_opening(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """Modules kept whole that may be more than one whole layer: blocks that hold the kernels of several layers, which
-    were seen to apply kernels of different shapes; blocks of a kernel and of layers with parameters (an RPReLU);
-    and what holds a kernel and was not seen to convolve."""
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            module, seen = model.get_submodule(str(node.target)), node.meta.get("convs")
-            several = len({(c.kernel_shape, c.groups) for c in seen or []}) > 1
-            hidden = seen == [] and any(kernel_like(t) for t in module.parameters())
-            block = bool(seen) and _is_block(module)
-            if several or hidden or block:
-                found[str(node.target)] = module
-    return found
-
-
-def _foreign(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of somebody else's code: torch's and this package's own are one layer each."""
-    return {p: m for p, m in modules.items() if not type(m).__module__.startswith(("torch.nn.", "repbnn_cli."))}
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether what holds a kernel holds more than a layer does: modules with parameters, or many parameters of its own
-    (a threshold, a scale, slopes and shifts of an activation)."""
-    if any(c._parameters for child in module.children() for c in child.modules()):
-        return True
-    beside = [t for n, t in module._parameters.items() if t is not None and n != "bias" and t.numel() > 1]
-    return sum(not kernel_like(t) for t in beside) >= _OF_A_BLOCK
-
-
-def _kernel_quantisers(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """Modules that make a kernel of parameters alone, with parameters of their own, perhaps sized by its channels."""
-    static = static_nodes(graph)
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module" and node in static]
-    modules = {path: model.get_submodule(path) for path in called}
-    return {p: m for p, m in modules.items() if any(t.numel() > 1 for t in m.parameters())}
-
-
-def _may_stay_whole(model: nn.Module, path: str) -> bool:
-    """Whether a module may be kept whole without being asked for: it hides no convolution."""
-    return bool(path) and not any(kernel_like(p) for p in model.get_submodule(path).parameters())
-
-
-def _not_its_fault(model: nn.Module, examples: tuple[Tensor, ...], error: TracingError) -> CaptureError:
-    """The error; where the network does not even run by itself on such inputs, that is the error."""
-    if any(p.is_meta for p in model.parameters()):
-        return error
-    hint = " (of images 3x32x32)" if any(e.ndim < 3 for e in examples) else ""
-    for training in (False, True):
-        with unchanged(model), torch.no_grad():
-            try:
-                model.train(training)(*examples)
-            except Exception as own:
-                shapes = " and ".join(str(tuple(e.shape)) for e in examples)
-                return CaptureError(
-                    f"{place_of(own)}: the network itself does not run here (torch {torch.__version__}"
-                    f"{', in training mode' if training else ''}) on an input {shapes}: {type(own).__name__}: "
-                    f"{' '.join(str(own).split())[:300]}; check --input-size{hint} and "
-                    "--model-args"
-                )
-    return error
 
 
 def assemble(model: nn.Module, traced: Traced) -> KeptGraphModule:
@@ -282,72 +136,9 @@ def _own_constants(traced: Traced) -> dict[str, Tensor]:
     return {f"{name}_in_training": value for name, value in traced.constants.items()}
 
 
-class KeptGraphModule(fx.GraphModule):
-    """GraphModule that keeps modules and tensors which its graph does not mention.
-
-    in_training: another graph over the same modules, which the forward follows in training mode; the attribute is a
-    module of that graph alone, None without one.
-    frozen: paths of modules that stay in eval mode when this one is trained.
-    """
-
-    in_training: KeptGraphModule | None
-    frozen: tuple[str, ...]
-
-    def __init__(
-        self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule", in_training: fx.Graph | None = None,
-        frozen: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
-        super().__init__(root, graph, class_name=class_name)
-        for kind in _TREE:
-            self.__dict__[kind] = root.__dict__[kind]
-        self.frozen = frozen
-        # Beside the module tree: its parts are those of this module.
-        self.__dict__["in_training"] = KeptGraphModule(self, in_training, class_name) if in_training else None
-        self.recompile()
-
-    def recompile(self) -> PythonCode:
-        code = super().recompile()
-        other = self.__dict__.get("in_training")
-        if other is not None:
-            own, in_training = type(self).forward, type(other).forward
-
-            def forward(self: KeptGraphModule, *args: Any) -> Any:
-                return (in_training if self.training else own)(self, *args)
-
-            type(self).forward = forward
-        return code
-
-    def train(self, mode: bool = True) -> KeptGraphModule:
-        super().train(mode)
-        for path in self.frozen:
-            self.get_submodule(path).training = False
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGraphModule:
-        tree = bare(self, lambda held: copy.deepcopy(held, memo))
-        in_training = copied_graph(self.in_training.graph, memo) if self.in_training else None
-        copied = KeptGraphModule(tree, copied_graph(self.graph, memo), type(self).__name__, in_training, self.frozen)
-        memo[id(self)] = copied
-        return copied
-
-
-_TREE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-
-
-def bare(module: nn.Module, copied: Callable[[Any], Any] = lambda held: held) -> nn.Module:
-    """A module with the parts, tensors and mode of another one, or with copies of what holds them, and without code."""
-    tree = nn.Module()
-    for kind in (*_TREE, "training"):
-        tree.__dict__[kind] = copied(module.__dict__[kind])
-    return tree
-
-
-def copied_graph(graph: fx.Graph, memo: dict[int, Any] | None = None) -> fx.Graph:
-    """A copy whose nodes carry what is known of them."""
-    copied: fx.Graph = copy.deepcopy(graph, memo)
-    for old, new in zip(graph.nodes, copied.nodes, strict=True):
-        new.meta = dict(old.meta)
-    return copied
+def _own_names(module: nn.Module) -> set[str]:
+    """What a module's own parts and tensors are called."""
+    return {*module._modules, *module._parameters, *module._buffers}
 
 
 def _skeleton(module: nn.Module, path: str, called: Set[str], entered: Set[str]) -> nn.Module:

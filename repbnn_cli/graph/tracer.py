@@ -315,10 +315,14 @@ class Tracer(fx.Tracer):
 
     def _held(self, node: fx.Node, along: int | None = None) -> dict[str, fx.Node]:
         """The parameters and buffers that a node is computed from; along 0: that it is, or is a part of."""
-        if node.op == "get_attr":
-            return {str(node.target): node}
-        inputs = node.all_input_nodes[:1] if along == 0 else node.all_input_nodes
-        return {name: n for used in inputs for name, n in self._held(used, along).items()}
+        seen: dict[fx.Node, None] = {}
+        todo = [node]
+        while todo:
+            at = todo.pop()
+            if at not in seen:
+                seen[at] = None
+                todo += at.all_input_nodes[:1] if along == 0 else at.all_input_nodes
+        return {str(n.target): n for n in seen if n.op == "get_attr"}
 
     # -- reporting ---------------------------------------------------------------------------------------------------
     def note(self, text: str) -> None:

@@ -115,35 +115,12 @@ class OperatorWalk(OperandWalk):
 
     def _weightless(self, node: fx.Node, kind: str, call: Callable[..., Any] | None, rule: Rule | None) -> None:
         self._need_rule(node, rule)
-        expanded = self._expanded(node)
-        before, after = expanded[0].meta["value"], node.meta["value"]
-        if self._is_part(node, expanded[0]):
-            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), self._made[expanded[0]].state)
+        first = self._expanded(node)[0]
+        if self._is_part(node, first):
+            self._keep(node, self._copy_mapped(node, lambda n: self._made[n].node), self._made[first].state)
             return
-        first = self._made[expanded[0]].state
-        single = len(self._tensors(node)) == 1 and not (isinstance(first, Folded) and first.reduced)
-        if (
-            single
-            and isinstance(before, Tensor)
-            and isinstance(after, Tensor)
-            and (kind in ("fold", "flatten") or isinstance(call, nn.Unfold) or node.target is F.unfold)
-        ):
-            if is_flatten(before, after):
-                state = self._map(expanded[0])
-                positions = after.shape[1] // before.shape[1]
-                new = self.graph.call_function(torch.flatten, (self._as_tiled(expanded[0]), 1))
-                new.meta = {k: node.meta[k] for k in ("where", "path")}
-                self._keep(node, new, flattened(state, positions))
-                return
-            if is_patches(node, before, after, call if isinstance(call, nn.Module) else None):
-                state = self._map(expanded[0])
-                size = after.shape[1] // before.shape[1]
-                self._keep(node, self._copy_mapped(node, self._as_tiled), flattened(state, size))
-                return
-            if adds_trailing_ones(before, after):
-                new = self.graph.call_function(_with_ndim, (self._as_tiled(expanded[0]), after.ndim))
-                self._keep(node, new, self._map(expanded[0]))
-                return
+        if self._reshaped(node, first, kind, call):
+            return
         if kind == "opaque":
             kind = self._test(node, call)
         if kind == "per_channel":
@@ -152,11 +129,33 @@ class OperatorWalk(OperandWalk):
             self._pointwise(node)
         elif kind in ("spatial", "random"):
             self._carry_one(node, random=kind == "random")
+        elif rule is not None and is_other_layer(self.network, self.layers, self._static, node):
+            self._per_replica(node, rule)
         else:
-            if rule is not None and is_other_layer(self.network, self.layers, self._static, node):
-                self._per_replica(node, rule)
-            else:
-                self._fold(node)
+            self._fold(node)
+
+    def _reshaped(self, node: fx.Node, x: fx.Node, kind: str, call: Callable[..., Any] | None) -> bool:
+        """Carries what writes the channels of x in another shape, without folding; False for all other operators."""
+        before, after, state = x.meta["value"], node.meta["value"], self._made[x].state
+        alone = len(self._tensors(node)) == 1 and not (isinstance(state, Folded) and state.reduced)
+        unfolds = isinstance(call, nn.Unfold) or node.target is F.unfold
+        if not alone or not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+            return False
+        if kind not in ("fold", "flatten") and not unfolds:
+            return False
+        if is_flatten(before, after):
+            new = self.graph.call_function(torch.flatten, (self._as_tiled(x), 1))
+            new.meta = {k: node.meta[k] for k in ("where", "path")}
+            self._keep(node, new, flattened(self._map(x), after.shape[1] // before.shape[1]))
+        elif is_patches(node, before, after, call if isinstance(call, nn.Module) else None):
+            size = after.shape[1] // before.shape[1]
+            self._keep(node, self._copy_mapped(node, self._as_tiled), flattened(self._map(x), size))
+        elif adds_trailing_ones(before, after):
+            new = self.graph.call_function(_with_ndim, (self._as_tiled(x), after.ndim))
+            self._keep(node, new, self._map(x))
+        else:
+            return False
+        return True
 
     def _per_replica(self, node: fx.Node, rule: Rule) -> None:
         """Applied to each replica as it is, at β times its cost, which the plan has to say."""
