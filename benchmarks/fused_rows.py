@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repbnn_cli.kernels import Backend
 from repbnn_cli.kernels.blocks import PackedBlock, run
-from repbnn_cli.kernels.packing import pack_activations, pack_kernel, unpack_mask
+from repbnn_cli.kernels.packing import pack_activations, pack_kernel, unpack_activations
 
 HALF = torch.bfloat16
 
@@ -213,5 +213,5 @@ def check(layer: Layer, beta: int, device: torch.device, batch: int = 1) -> None
     assert ((values - exact).abs() <= tolerance).all(), "values differ from float64 by more than bf16 rounding"
     shifted = exact if made.block.sign_shift is None else exact + made.block.sign_shift.double().view(1, -1, 1, 1)
     clear = shifted.abs() > tolerance
-    bits = unpack_mask(signs, made.block.channels)
+    bits = unpack_activations(signs, made.block.channels) > 0
     assert torch.equal(bits[clear], (shifted >= 0)[clear]), "signs differ where the value is clear of zero"

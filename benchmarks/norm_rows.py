@@ -18,7 +18,7 @@ from kernel_timing import COMPILED, Call, Row, compiled
 from torch import Tensor
 
 from repbnn_cli.kernels import reference
-from repbnn_cli.kernels.packing import unpack_mask
+from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.rep_batch_norm import rep_batch_norm
 
 FASTER, LESS_KEPT = 1.3, 4.0  # targets over torch.compile
@@ -138,7 +138,7 @@ def check(channels: int, size: int, beta: int, device: torch.device, batch: int 
     clear = reference.rep_batch_norm(*exact)  # without the clamp, whose edge a rounding may cross
     plain, eps = clear.clamp(-1, 1), torch.finfo(HALF).eps
     assert ((values - plain).abs() <= 2 * eps).all(), "values differ from float64 by more than bf16 rounding"
-    bits = unpack_mask(signs, channels * beta)
+    bits = unpack_activations(signs, channels * beta) > 0
     assert torch.equal(bits, values >= 0), "signs are not those of the values"
     inside = ((clear.abs() - 1).abs() > 2 * eps * (1 + clear.abs())).to(HALF)
     gradient = torch.randn_like(given[3]) * inside  # nothing where the clamp is in doubt

@@ -247,3 +247,13 @@ def test_evaluate_in_8_bits_finds_the_same_accuracy(tmp_path: Path, capsys: pyte
     assert found[1]["backend"]["name"] == "int8"
     assert found[1]["top1"] == pytest.approx(found[0]["top1"], abs=0.5)
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_kernel_of_nan_gives_nan(whole: bool) -> None:
+    """So that a training that diverges is noticed in the step in which it does."""
+    signs, kernel = drawn((2, 4, 5, 5), 0, zeros=False), drawn((3, 4, 3, 3), 1, zeros=False)
+    kernel[1, ..., slice(None) if whole else 0] = torch.nan
+    out = sign_conv2d(signs, kernel)
+    assert out[:, 1].isnan().all()
+    assert torch.equal(out[:, ::2], F.conv2d(signs, kernel)[:, ::2])

@@ -13,6 +13,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import packing, reference
 
 pytest.importorskip("triton")
@@ -52,7 +53,7 @@ def test_packing_equals_its_reference(channels: int, memory: torch.memory_format
     x = some(2, channels, 5, 7).contiguous(memory_format=memory)
     signs, mask = sign_packing.pack_signs(x, 1.0, True)
     assert torch.equal(signs, packing.pack_activations(x))
-    assert torch.equal(mask, packing.pack_mask(x.abs() <= 1))
+    assert torch.equal(mask, packing.pack_activations(torch.where(x.abs() <= 1, 1.0, -1.0)))
     assert torch.equal(sign_packing.unpack_signs(signs, channels, torch.bfloat16), reference.binarize(x).bfloat16())
     assert torch.equal(sign_packing.apply_mask(x, mask), torch.where(x.abs() <= 1, x, 0))
 
@@ -251,3 +252,22 @@ def test_emitted_code_uses_tensor_cores_and_spills_nothing() -> None:
         assert result["spills"] == 0
         assert "k32.s32.s8.s8" in result["ptx"]
         assert result["registers"] <= 170
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "signs", "message"),
+    [
+        ((2, 32, 5, 5), (4, 64, 3, 3), None, r"found \(2, 32, 5, 5\) and a kernel of \(4, 64, 3, 3\)"),
+        ((1, 32, 2, 2), (4, 32, 3, 3), None, r"found a kernel of \(3, 3\) for images of \(2, 2\)"),
+        ((2, 64, 5, 5), (4, 64, 3, 3), (2, 3, 3, 2), r"x_signs of shape \(2, 3, 3, 2\); expected \(2, 5, 5, 2\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_before_memory_is_read(
+    x: tuple[int, ...], weight: tuple[int, ...], signs: tuple[int, ...] | None, message: str
+) -> None:
+    given = None if signs is None else torch.zeros(signs, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(UsageError, match=message):
+        binary_conv2d(some(*x), some(*weight), x_signs=given)
+    if signs is None:
+        with pytest.raises(UsageError, match=message):
+            sign_conv2d(some(*x), some(*weight), (1, 1), (0, 0))

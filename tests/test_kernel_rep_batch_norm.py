@@ -176,3 +176,15 @@ def test_emitted_code_spills_nothing() -> None:
     ])  # fmt: skip
     assert [result["spills"] for result in made] == [0] * 4
     assert max(result["registers"] for result in made) <= 80
+
+
+def test_scales_and_shifts_need_not_be_dense() -> None:
+    x, weight, bias, _ = inputs(16, 4, residual=False)
+    pairs = torch.stack([weight, bias], 1).detach()
+    strided = [pairs[:, 0].requires_grad_(), pairs[:, 1].requires_grad_()]
+    found = rep_batch_norm(x, *strided)
+    expected = rep_batch_norm(x, weight, bias)
+    assert torch.equal(found.values, expected.values)
+    gradients = [torch.autograd.grad(r.values.square().sum(), (x, *s))
+                 for r, s in ((found, strided), (expected, (weight, bias)))]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

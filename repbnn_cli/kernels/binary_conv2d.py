@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import launching
-from repbnn_cli.kernels.packing import output_size
+from repbnn_cli.kernels.packing import output_size, word_count
 from repbnn_cli.kernels.sign_packing import apply_mask, empty_like_layout, flat_pixels, pack, packed_like, unpack_signs
 
 Pair = tuple[int, int]
@@ -167,6 +168,16 @@ _binary_conv2d.register_fake(_outputs_like)
 _binary_conv2d.register_autograd(_backward, setup_context=_save)
 
 
+def _check(name: str, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> None:
+    """The kernels read memory by these shapes."""
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
+        found = f"{tuple(x.shape)} and a kernel of {tuple(weight.shape)}"
+        raise UsageError(f"{name}: found {found}; expected (N, I, H, W) and (O, I, kh, kw)")
+    if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
+        found = f"a kernel of {tuple(weight.shape[2:])} for images of {tuple(x.shape[2:])}, padded by {tuple(padding)}"
+        raise UsageError(f"{name}: found {found}; expected one that fits into them")
+
+
 def binary_conv2d(
     x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0), *,
     x_window: float = 1.0, weight_window: float = 1.0, x_signs: Tensor | None = None,
@@ -176,7 +187,12 @@ def binary_conv2d(
     The sums are exact integers, rounded once to x's dtype. Gradients pass where |x| ≤ x_window and
     |weight| ≤ weight_window (compared in float32; math.inf passes everything and saves no mask).
     x_signs: the sign bits of x, (N, H, W, L) int32, where an operator before has packed them already.
+    Raises UsageError for shapes that do not fit each other.
     """
+    _check("binary_conv2d", x, weight, stride, padding)
+    expected = (x.shape[0], *x.shape[2:], word_count(x.shape[1]))
+    if x_signs is not None and tuple(x_signs.shape) != expected:
+        raise UsageError(f"binary_conv2d: x_signs of shape {tuple(x_signs.shape)}; expected {expected}")
     return cast(Tensor, _binary_conv2d(x, weight, stride, padding, x_window, weight_window, x_signs)[0])
 
 
@@ -232,7 +248,9 @@ def sign_conv2d(signs: Tensor, kernel: Tensor, stride: Pair, padding: Pair) -> T
     The integer sums are exact; they are multiplied by the scale and rounded once to the dtype of signs. Gradients are
     those of F.conv2d, by the vendor library; of signs one bit per value is kept for them. A NaN in the kernel reaches
     the result, one among the signs does not.
+    Raises UsageError for shapes that do not fit each other.
     """
+    _check("sign_conv2d", signs, kernel, stride, padding)
     return cast(Tensor, _sign_conv2d(signs, kernel, stride, padding)[0])
 
 

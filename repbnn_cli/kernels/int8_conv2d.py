@@ -29,7 +29,7 @@ class _Kernel:
 
     def __init__(self, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
         scale = kernel.abs().amax((1, 2, 3))
-        self.scale = torch.where(scale > 0, scale, 1)  # a filter of zeros
+        self.scale = torch.where(scale == 0, 1, scale)  # a filter of zeros; NaN stays, so that the result has it
         # Of a single input channel oneDNN adds up something else at some strides: a second one of zeros is beside it.
         self.alone = kernel.shape[1] == 1
         signs = F.pad(kernel, (0, 0, 0, 0, 0, 1)) if self.alone else kernel
@@ -152,7 +152,8 @@ def sign_conv2d(
 
     signs: −1, 0 or 1. kernel: in each filter ± one scale, or 0; the largest magnitude stands for all. The sums are
     exact and rounded once, when they are scaled. gradients: the dtype in which their two convolutions multiply;
-    bfloat16 rounds the gradient that arrives (8 bits), signs are exact in it. Needs `available()`.
+    bfloat16 rounds the gradient that arrives (8 bits), signs are exact in it. A NaN in the kernel reaches the result,
+    one among the signs does not. Needs `available()`.
     """
     return cast(Tensor, _SignConv2d.apply(signs, kernel, stride, padding, gradients))  # type: ignore[no-untyped-call]
 

@@ -60,16 +60,6 @@ def unpack_kernel(words: Tensor, in_channels: int, dtype: torch.dtype = torch.fl
     return _signs(words, in_channels, dtype).permute(0, 3, 1, 2)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """(N, C, H, W) bool → (N, H, W, ceil(C/32)) int32, the layout of activations with bit = mask."""
-    return _pack_last(mask.permute(0, 2, 3, 1))
-
-
-def unpack_mask(words: Tensor, channels: int) -> Tensor:
-    """(N, H, W, ceil(C/32)) int32 → (N, C, H, W) bool."""
-    return _unpack_last(words, channels).permute(0, 3, 1, 2)
-
-
 def count_zeros(x: Tensor) -> Tensor:
     """How many values are exactly 0, so that packing makes them +1 where torch.sign has 0; a 0-dim int64 tensor."""
     return (x == 0).sum()

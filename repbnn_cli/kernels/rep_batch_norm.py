@@ -248,7 +248,7 @@ def _rep_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, clamp: bool, signs: bool
 ) -> _Outputs:
     """(y, sign bits, mask bits, mean, biased variance)."""
-    x = _dense(x)
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
     y, sign_words, mask, mean, var = made = _outputs_like(x, weight, bias, residual, eps, clamp, signs)
     shape = _shape(x, weight.numel())
     with launching(x):
@@ -295,7 +295,7 @@ def _rep_batch_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, mask: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dresidual); dweight and dbias in the dtype of sums, dresidual empty where there is none."""
-    x = _dense(x)
+    x, weight = _dense(x), weight.contiguous()
     shape = _shape(x, weight.numel())
     gradient = _as(gradient, shape.last)
     dx, _, _, dresidual = _gradients_like(gradient, x, weight, mean, var, mask, eps, residual)
