@@ -540,7 +540,7 @@ def test_parametrisations_that_know_their_size_are_refused() -> None:
 def test_a_layer_with_a_weight_from_a_hook_is_named() -> None:
     network = around(Parametrised(conv(8, 8)))
     nn.utils.weight_norm(network.stem)
-    with pytest.raises(SurgeryError, match=r"stem: its weight is computed by a hook.*remove_weight_norm"):
+    with pytest.raises(SurgeryError, match=r"stem: its weight is computed before each forward.*remove_weight_norm"):
         transformed(randomize(network))
 
 

@@ -418,7 +418,20 @@ def test_reused_tied_and_uncalled_modules() -> None:
     ]
     assert layer(profile, "never", 0).packed == 0
     assert layer(profile, "never", 0).latent == 4 * (4 * 4 * 9 + 4)
-    assert any("Not called" in note and "never" in note for note in profile.notes)
+    assert any("Not used" in note and "never" in note for note in profile.notes)
+
+
+def test_of_a_list_of_parameters_those_that_nobody_reads_are_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.ParameterList(torch.ones(()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scales[0] + self.scales[2]
+
+    (note,) = (n for n in profile_of(Net(), (4, 6, 6)).notes if "Not used" in n)
+    assert note == "Not used in eval mode, so neither counted nor deployed: scales.1."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_binary_convolution_taken_for_the_last_layer_is_said() -> None:
             return self.bn2(self.c2(self.bn1(self.c1(x)) + x))
 
     check = next(c for c in certified(Headless()).checks if c.name == "convolution cost unchanged")
-    assert check.summary.endswith("; a binary last layer takes more inputs: c2")
+    assert check.summary.endswith("; last layers that take more inputs: c2")
 
 
 class AlphaBehind(nn.Conv2d):
@@ -269,3 +269,21 @@ def test_ternary_kernels_have_two_bits() -> None:
     some[:, :, 0, 0] = (torch.rand(16, 16) < 0.7) * some[:, :, 0, 0]  # 3 % zeros
     assert _kernel_bits(some) == 1
     assert _kernel_bits(torch.randn(16, 16, 3, 3).relu().sign()) == 1  # {0, 1}
+
+
+def test_convolutions_at_the_end_that_grow_are_named() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+            self.c1, self.bn1 = BConv(16, 16, 3), nn.BatchNorm2d(16)
+            self.boxes, self.classes = nn.Conv2d(16, 4, 3), nn.Conv2d(16, 10, 1)
+
+        def forward(self, x: Tensor) -> object:
+            x = self.bn0(self.stem(x))
+            x = self.bn1(self.c1(x)) + x
+            return self.boxes(x), self.classes(x)
+
+    check = next(c for c in certified(Dense()).checks if c.name == "convolution cost unchanged")
+    assert check.summary.endswith("; last layers that take more inputs: boxes, classes")
+    assert check.values["last"] == ["boxes", "classes"]

@@ -300,9 +300,12 @@ class _Walk:
     def uncalled(self) -> None:
         """Tensors that no call uses: in the file, but not deployed."""
         for path, module in self.network.module.named_modules():
+            tensors = dict(state_tensors(module, recurse=False))
+            unused = [name for name, t in tensors.items() if id(t) not in self._counted]
             own = sizes_of(module, None, self._counted, recurse=False)
             if own.latent:
-                self._never_called.append(path or "the network's own tensors")
+                whole = [path] if path and len(unused) == len(tensors) else [f"{path}.{n}".lstrip(".") for n in unused]
+                self._never_called += whole
                 own = replace(own, packed_1bit=0, packed_32bit=0)
                 self._record(None, path, 0, type(module).__name__, Count(), own)
 
@@ -363,7 +366,7 @@ class _Walk:
                 f"binary ones without a learned scale are packed with one per filter ({some(foreign)})."
             )
         if self._never_called:
-            yield f"Not called in eval mode, so neither counted nor deployed: {some(self._never_called)}."
+            yield f"Not used in eval mode, so neither counted nor deployed: {some(self._never_called)}."
 
     def _is_foreign_conv(self, path: str, module: Any) -> bool:
         layer = self.layers.get(path)

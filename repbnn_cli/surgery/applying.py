@@ -69,9 +69,10 @@ def _copied(source: nn.Module, held: Any, memo: dict[int, Any]) -> Any:
             for name, value in vars(module).items():
                 if isinstance(value, Tensor) and value.grad_fn is not None:
                     raise SurgeryError(
-                        f"{path}: its {name} is computed by a hook before each forward (weight_norm, spectral_norm, "
-                        "pruning), and such a module cannot be copied; make it permanent in the trained network "
-                        "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) and save that"
+                        f"{path}: its {name} is computed before each forward (weight_norm, spectral_norm, pruning, a "
+                        "hook), and this module cannot be copied; make it permanent in the trained network "
+                        "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), save that, and build "
+                        "the network without it"
                     ) from error
         kinds = (
             {type(m).__name__ for m in held.values() if isinstance(m, nn.Module)} if isinstance(held, dict) else set()

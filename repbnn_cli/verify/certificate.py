@@ -232,11 +232,16 @@ def _costs(plan: Plan, rep: nn.Module, runs: list[Lockstep]) -> Check:
     text = f"weights {weights[0]:,} → {weights[1]:,}; MACs {macs[0]:,} → {macs[1]:,}"
     if grown:
         text += f"; layers that grow ×{plan.beta}: {some(grown)}"
-    # RepTran's last layer is a classifier in floats; where none was found, a binary convolution has taken its place.
-    last = [e.path for e in plan.edits if e.action == "select_inputs" and plan.layers[e.path].binary]
+    # RepTran's last layer is a classifier in floats. A head of convolutions costs more, as a binary one does, which
+    # has taken its place where there was no other.
+    last = [
+        e.path for e in plan.edits
+        if e.action == "select_inputs" and e.after != e.before
+        and (plan.layers[e.path].binary or len(plan.layers[e.path].kernel_shape) > 2)
+    ]  # fmt: skip
     if last:
-        text += f"; a binary last layer takes more inputs: {some(last)}"
-    values = {"weights": weights, "macs": macs, "depthwise": grown}
+        text += f"; last layers that take more inputs: {some(last)}"
+    values = {"weights": weights, "macs": macs, "depthwise": grown, "last": last}
     return Check("convolution cost unchanged", passed, text, values)
 
 
