@@ -251,3 +251,18 @@ def test_an_accuracy_of_float_kernels_is_not_that_of_the_packed_network(
     results.save(results.with_tensors(payload, opened.tensors, about), Path("trained.repbnn.pt"))
     assert run(["export", "packed", "trained.repbnn.pt", *OWN, "-o", "trained.packed"]) == 0
     assert packed.open_packed("trained.packed", "tiny.py:make").header["training"]["top1"] == expected
+
+
+def test_a_network_of_half_precision_is_timed_and_has_no_packed_form(
+    result: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del result
+    half = ["--model", "tiny.py:Half"]
+    torch.save({name: t.half() for name, t in torch.load("tiny.pt")["state_dict"].items()}, "half.pt")
+    assert run(["transform", "half.pt", *half, "--verify", "quick", "-o", "half.repbnn.pt"]) == 0
+    assert run(["profile", "half.repbnn.pt", *half, "--latency", "--batch", "1"]) == 0
+    capsys.readouterr()
+    assert run(["export", "packed", "half.repbnn.pt", *half, "-o", "half.packed"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the network computes in float16, a packed one in float32; build it in float32 and save that\n"
+    )

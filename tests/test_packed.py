@@ -25,7 +25,7 @@ from repbnn_cli.graph import Network
 from repbnn_cli.kernels import Backend
 from repbnn_cli.profiler import shapes
 from repbnn_cli.recognize import Layer
-from repbnn_cli.rules import RuleSet
+from repbnn_cli.rules import RuleSet, loads
 from repbnn_cli.source import Origin
 
 TORCH = Backend("torch", "asked for")
@@ -204,11 +204,17 @@ class TwoValued(nn.Conv2d):
         return nn.functional.conv2d(x.sign(), (self.weight > 0).float() + 0.5, None, padding=1)
 
 
+class StaysInTraining(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         (TwoValued(8, 8, 3, bias=False), "body: its kernel does not have one magnitude per filter; it has no packed"),
         (nn.BatchNorm2d(8, track_running_stats=False), "body: a BatchNorm without running statistics depends on its"),
+        (StaysInTraining(8), "body: a BatchNorm in training mode depends on its batch"),
     ],
 )
 def test_what_has_no_packed_form(body: nn.Module, message: str) -> None:
@@ -274,3 +280,64 @@ def test_other_files_are_no_packed_networks(tmp_path: Path) -> None:
         CheckpointError, match="is no packed network; expected a file that `repbnn export packed` wrote"
     ):
         packed.read(place)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("norms", None), ("kernels", None), ("kernels", []), ("unstored", []), ("rules", 3), ("source", None)],
+)
+def test_a_header_of_other_kinds_is_refused_in_one_line(sound: bytes, tmp_path: Path, part: str, value: Any) -> None:
+    place = tmp_path / "net.packed"
+    place.write_bytes(sound)
+    read = packed.read(place)
+    with pytest.raises(CheckpointError, match="its tensors do not fit the network that its source and rules make"):
+        packed.build(packed.Packed(read.tensors, {**read.header, part: value}), place)
+
+
+def test_a_kernel_of_another_shape_is_refused(sound: bytes, tmp_path: Path) -> None:
+    """(16, 144, 1, 1) has as many bits as (16, 16, 3, 3)."""
+    place = tmp_path / "net.packed"
+    place.write_bytes(sound)
+    read = packed.read(place)
+    path, kernel = next((p, k) for p, k in read.header["kernels"].items() if k["shape"] == [16, 16, 3, 3])
+    kernels = {**read.header["kernels"], path: {**kernel, "shape": [16, 144, 1, 1]}}
+    with pytest.raises(CheckpointError, match=r"a kernel of \(16, 144, 1, 1\), expected \(16, 16, 3, 3\)"):
+        packed.build(packed.Packed(read.tensors, {**read.header, "kernels": kernels}), place)
+
+
+class Unfolded(nn.Conv2d):
+    """A convolution as a product, which counts its calls."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args, padding=1, bias=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        n, _, h, w = x.shape
+        return (self.weight.sign().flatten(1) @ nn.functional.unfold(x.sign(), 3, padding=1)).view(n, -1, h, w)
+
+
+class Counted(BinaryConv):
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args, padding=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_looking_at_kernels_leaves_the_network_alone() -> None:
+    network = planned(randomize(Body(Counted(8, 8, 3)))).network
+    in_kernels(network, recognize.recognize(network))
+    made = packed.pack(network, recognize.recognize(network), Origin(None, "net.py:make", {}, None, ((3, 8, 8),)))
+    assert float(network.module.get_buffer("body.calls")) == float(made.tensors["body.calls"]) == 0
+
+
+def test_a_kernel_that_cannot_be_seen_is_said() -> None:
+    rules = loads("extends: reptran\nmodules: [{match: {type: Unfolded}, role: binary_conv, leaf: true}]")
+    network = planned(randomize(Body(Unfolded(8, 8, 3))), rule=rules).network
+    layers = recognize.recognize(network, rules.declare)
+    with pytest.raises(UsageError, match="body: applies its kernel by none of torch's convolutions"):
+        in_kernels(network, layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from networks import images, planned, randomize
 from PIL import Image
 
-from repbnn_cli import surgery, zoo
-from repbnn_cli.anatomy import tensor_stats
+from repbnn_cli import graph, surgery, zoo
+from repbnn_cli.anatomy import image_files, tensor_stats
+from repbnn_cli.errors import DataError
+from repbnn_cli.recognize import recognize
 from repbnn_cli.report.montage import montage
 
 
@@ -55,3 +58,32 @@ def greys(values: torch.Tensor) -> np.ndarray:
     """0 is the smallest value, 255 the largest."""
     found = values.double().numpy()
     return 255 * (found - found.min()) / (found.max() - found.min())
+
+
+class LastAxis(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.sign(), self.weight.sign(), self.bias)
+
+
+def test_channels_of_tokens_are_the_last_axis() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), LastAxis(16, 16), torch.nn.Linear(16, 10)).eval()
+    torch.nn.init.zeros_(model[0].weight)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.linspace(-1, 1, 16))
+    network = graph.capture(model, (5, 6))
+    (found,) = tensor_stats.activations(network.module, recognize(network), torch.randn(8, 5, 6))
+    assert (found.constant, found.channels) == (16, 16)
+
+
+def test_grey_images_of_16_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    (made,) = image_files.load([tmp_path / "ramp.png"], (1, 8, 8), (0.0,), (1.0,))
+    np.testing.assert_allclose(made[0].numpy(), ramp / 65535, atol=1 / 255)
+
+
+def test_an_image_as_large_as_a_bomb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(DataError, match=r"large\.png: cannot be decoded as an image"):
+        image_files.load([tmp_path / "large.png"], (1, 8, 8), (0.0,), (1.0,))

@@ -53,6 +53,14 @@ def _pixels(path: Path, mode: str, height: int, width: int) -> np.ndarray:
             scale = min(image.width / width, image.height / height)
             left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
             box = (left, top, left + width * scale, top + height * scale)
-            return np.asarray(image.convert(mode).resize((width, height), Image.Resampling.BILINEAR, box=box))
-    except (OSError, ValueError) as error:
+            eight_bits = _in_8_bits(image).convert(mode)
+            return np.asarray(eight_bits.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded as an image ({error}); leave it out of --images") from None
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits in 8, which `convert` would cut off at 255 instead; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))

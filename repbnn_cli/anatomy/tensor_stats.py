@@ -105,15 +105,15 @@ def activations(module: nn.Module, layers: Mapping[str, Layer], *inputs: Tensor)
 
     def look(path: str, x: Any) -> None:
         if path not in seen and isinstance(x, Tensor) and x.ndim >= 2 and x.numel():
-            seen[path] = _activations(path, x.detach().float())
+            seen[path] = _activations(path, x.detach().float(), -1 if layers[path].last_axis else 1)
 
     with _watching(module, [p for p, layer in layers.items() if layer.binary], look):
         module(*inputs)
     return tuple(seen.values())
 
 
-def _activations(path: str, x: Tensor) -> Activations:
-    channels = x.transpose(0, 1).flatten(1)  # (C, N·positions)
+def _activations(path: str, x: Tensor, axis: int) -> Activations:
+    channels = x.movedim(axis, 0).flatten(1)  # (C, N·positions)
     positive = channels > 0
     same = positive.all(1) | ~positive.any(1)
     return Activations(

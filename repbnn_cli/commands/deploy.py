@@ -12,12 +12,12 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from repbnn_cli import profiler, result, views, writing
+from repbnn_cli import graph, profiler, result, views, writing
 from repbnn_cli import zoo as registry
 from repbnn_cli.commands import pupils, targets
 from repbnn_cli.commands.targets import Examined
 from repbnn_cli.deploy import agreement, latency, packed
-from repbnn_cli.deploy.fuse import Fused, fuse
+from repbnn_cli.deploy.fuse import Fused
 from repbnn_cli.deploy.zeros import applied_kernel
 from repbnn_cli.errors import UsageError, VerificationError
 from repbnn_cli.kernels import Backend, choose
@@ -108,7 +108,7 @@ def _candidates(
     for name, (network, layers) in sides.items():
         networks[name] = network.module.to(device)
         if backend.name != "torch":
-            made = fused[f"{name}, fused"] = fuse(network, layers, backend)
+            made = fused[f"{name}, fused"] = agreement.checked(network, layers, backend)
             networks[f"{name}, fused"] = made.module
     return networks, fused
 
@@ -116,8 +116,8 @@ def _candidates(
 def _computes_the_same(found: Examined, again: packed.Opened) -> agreement.ModuleAgreement:
     """The packed network beside the one it was made from, zeros of kernels made +1 in both, on random images; a
     VerificationError where they differ."""
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn((_CHECKED_IMAGES, *shape), generator=generator) for shape in found.input_shapes]
+    shapes = [(_CHECKED_IMAGES, *shape) for shape in found.input_shapes]
+    images = graph.random_inputs(found.network.module, shapes, seed=0)
     kernels = {path: packed.zeros_made_plus(applied_kernel(found.network, path))
                for path, kernel in again.header["kernels"].items() if kernel["zeros"]}  # fmt: skip
     same = agreement.compare_modules(found.network, again.network, images, kernels, again.header["unstored"])

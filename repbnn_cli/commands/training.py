@@ -17,7 +17,7 @@ from repbnn_cli.commands.pupils import Pupil
 from repbnn_cli.data import Dataset, ImageFolders, data_folder
 from repbnn_cli.data.download import download
 from repbnn_cli.data.imagenet import Damages
-from repbnn_cli.deploy.fuse import fuse
+from repbnn_cli.deploy import agreement
 from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import choose
 from repbnn_cli.logits import checked_logits
@@ -181,7 +181,7 @@ def evaluate(
             "note: was trained with float kernels so far; with its binary ones, measured here, it knows nothing yet"
         )
     pupil.network.to(where)
-    fused = fuse(*pupil.captured(), chosen) if chosen.name == "triton" else None
+    fused = agreement.checked(*pupil.captured(), chosen) if chosen.name == "triton" else None
     views.say(*kernel_views.backend_lines(chosen, fused))
     if fused is not None:
         pupil = replace(pupil, network=fused.counting())

@@ -28,17 +28,22 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from repbnn_cli.deploy.forms import centre
-from repbnn_cli.deploy.fuse import Fused, FusedBlock
-from repbnn_cli.graph import Network
+from repbnn_cli.deploy.fuse import Fused, FusedBlock, fuse
+from repbnn_cli.errors import VerificationError
+from repbnn_cli.graph import Network, random_inputs
 from repbnn_cli.graph.probe import applying
 from repbnn_cli.graph.tracer import execute
+from repbnn_cli.kernels import Backend
 from repbnn_cli.kernels.packing import unpack_activations
 from repbnn_cli.kernels.reference import binarize
 from repbnn_cli.logits import logits_of
+from repbnn_cli.recognize import Layer
 from repbnn_cli.verify.lockstep import largest, tensors_of
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4
+_CHECKED_IMAGES = 4
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _copied(value: Any) -> Any:
 
 def _relative(expected: Any, given: Any) -> float:
     pairs = list(zip(tensors_of(expected), tensors_of(given), strict=True))
-    return largest(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel())
+    return largest(float((a - b).abs().max() / a.abs().max().clamp_min(_TINY)) for a, b in pairs if a.numel())
 
 
 @torch.no_grad()
@@ -137,6 +142,22 @@ def compare(plain: Network, fused: Fused, batches: Iterable[Tensor]) -> Agreemen
         largest(p.logits for p in parts),
         sum(p.same_class for p in parts),
     )
+
+
+def checked(plain: Network, layers: Mapping[str, Layer], backend: Backend) -> Fused:
+    """The network with its blocks fused, once it computes on random images what the network itself does.
+
+    Raises VerificationError where it does not.
+    """
+    fused = fuse(plain, layers, backend)
+    shapes = [(_CHECKED_IMAGES, *shape[1:]) for shape in plain.example]
+    if fused.blocks and len(shapes) == 1:
+        (images,) = random_inputs(plain.module, shapes, seed=0)
+        found = compare(plain, fused, [images])
+        if not found.holds:
+            raise VerificationError(f"the network on fused kernels computes something else ({found}); --backend torch "
+                                    "runs it as it is")  # fmt: skip
+    return fused
 
 
 def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
@@ -156,14 +177,14 @@ def _compare(plain: Network, fused: Fused, images: Tensor) -> Agreement:
         wrong = (x.abs() * differ).reshape(len(images), -1)  # an image is β samples where copies are convolved alone
         first = differ.reshape(len(images), -1).any(1) & clean  # what differs further down follows from the first
         if bool(first.any()):
-            flips.append(float(wrong[first].max() / x.abs().max()))
+            flips.append(float(wrong[first].max() / x.abs().max().clamp_min(_TINY)))
             clean &= ~first
     difference = (expected - given).abs()[clean]
     return Agreement(
         len(images),
         int((~clean).sum()),
         largest(flips),
-        float(difference.max() / expected.abs().max()) if len(difference) else 0.0,
+        float(difference.max() / expected.abs().max().clamp_min(_TINY)) if len(difference) else 0.0,
         int((expected.argmax(1) == given.argmax(1)).sum()),
     )
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from repbnn_cli.graph import random_inputs
+
 WARM_UP = 3
 SAMPLE_SECONDS = 0.02
 ROUNDS = (5, 50)  # at least and at most, within the budget
@@ -57,8 +59,8 @@ def measure(
     clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     timings: list[Timing] = []
     for batch in batches:
-        generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn((batch, *shape), generator=generator).to(device) for shape in input_shapes]
+        first = next(iter(networks.values()))
+        inputs = [x.to(device) for x in random_inputs(first, [(batch, *shape) for shape in input_shapes], seed=0)]
         inner = {name: _inner(network, inputs, clock) for name, network in networks.items()}
         samples: dict[str, list[float]] = {name: [] for name in networks}
         started = time.perf_counter()

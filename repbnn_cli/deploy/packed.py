@@ -91,9 +91,13 @@ def pack(
 ) -> Packed:  # fmt: skip
     """A network in eval mode as packed tensors. about: plain values for the header.
 
-    Raises UsageError for what has no packed form: kernels that are not ±1 times a scale, norms without statistics.
+    Raises UsageError for what has no packed form: kernels that are not ±1 times a scale, norms without statistics,
+    parameters that are not float32.
     zeros_as_plus: weights with sign 0 become +1, which changes what the network computes; else they are refused.
     """
+    for dtype in {p.dtype for p in network.module.parameters() if p.is_floating_point()} - {torch.float32}:
+        kind = str(dtype).removeprefix("torch.")
+        raise UsageError(f"the network computes in {kind}, a packed one in float32; build it in float32 and save that")
     packing = _Packing(network, zeros_as_plus)
     kernels = called_kernels(network, layers)
     for path, module, stored, layer in _stored(network, layers):
@@ -159,9 +163,9 @@ class _Packing:
 
     def add(self, path: str, module: nn.Module | None, stored: list[Stored], layer: Layer | None) -> None:
         if is_batch_norm(module):
-            if module.running_mean is None:
-                raise UsageError(f"{path}: a BatchNorm without running statistics depends on its batch; it has no "
-                                 "packed form")  # fmt: skip
+            if module.running_mean is None or module.training:
+                why = "in training mode" if module.training else "without running statistics"
+                raise UsageError(f"{path}: a BatchNorm {why} depends on its batch; it has no packed form")
             scale, shift = folded(module)
             self.norms[path] = module.weight is not None
             self.tensors |= {f"{path}.scale": scale.float(), f"{path}.shift": shift.float()}
@@ -183,8 +187,8 @@ class _Packing:
             elif torch.equal(*(applied_kernel(self.network, c.path) for c in (calls[0], layer))):
                 self.kernels[layer.path] = first | {"bits": f"{calls[0].path}.kernel_bits"}
             else:
-                raise UsageError(f"{layer.path}: applies {latent} otherwise than {calls[0].path} does; it has no "
-                                 "packed form, make the convolution a module of its own")  # fmt: skip
+                raise UsageError(f"{layer.path}: makes other bits of {latent} than {calls[0].path} does (several bases "
+                                 "of one kernel); they have no packed form, give each a kernel of its own")  # fmt: skip
 
     def _kernel(
         self, path: str, layer: Layer, *, scaled: bool, latent: str = "", calls: Set[str] = frozenset()
@@ -326,8 +330,8 @@ def build(packed: Packed, path: str | os.PathLike[str], model: ModelSource | Non
         origin = Origin.from_plain(packed.header["source"])
         built = result.source_model(Path(path), origin, model)
         network, layers = _captured(built, origin, packed.header, _state(packed))
-        _give(network.module, packed)
-    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+        _give(network.module, layers, packed)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:  # of a damaged header, too
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: its tensors do not fit the network that its source and rules make ({first})"
@@ -381,7 +385,7 @@ def _state(packed: Packed) -> dict[str, Tensor]:
     return state
 
 
-def _give(root: nn.Module, packed: Packed) -> None:
+def _give(root: nn.Module, layers: Mapping[str, Layer], packed: Packed) -> None:
     """Norms become their affine map, and convolutions get their kernel."""
     for path in packed.header["norms"]:
         norm = root.get_submodule(path)
@@ -396,6 +400,9 @@ def _give(root: nn.Module, packed: Packed) -> None:
             magnitude = packed.tensors[kernel["scale"]].flatten().abs()
             scaled = signs * magnitude.view(-1, *[1] * (signs.ndim - 1))
         module = root.get_submodule(path)
+        wanted = layers[path].kernel_shape if path in layers else None
+        if wanted and tuple(kernel["shape"]) != tuple(wanted):
+            raise ValueError(f"{path}: a kernel of {tuple(kernel['shape'])}, expected {tuple(wanted)}")
         if "latent" in kernel:  # the forward reads it: its kernel, which is given, or the scale behind it
             latent: Tensor = fetch(root, kernel["latent"])
             latent.data = as_stored(scaled, latent.shape)

@@ -20,6 +20,7 @@ from repbnn_cli.graph.probe import applying
 from repbnn_cli.graph.static import evaluate, roots, static_nodes
 from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.rep_layers import mixed
+from repbnn_cli.restoring import unchanged
 from repbnn_cli.verify.lockstep import tensors_of
 
 
@@ -61,7 +62,7 @@ def scale_behind(network: Network, path: str, kernel: str, signs: Tensor, magnit
         """With `held` for the latent kernel, whatever its convolution makes of it: that takes the signs."""
         latent.copy_(held)
         try:
-            with applying(signs):
+            with unchanged(module), applying(signs):
                 return tensors_of(module(*given))
         finally:
             latent.copy_(kept)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from repbnn_cli.deploy.forms import kernel_zeros
+from repbnn_cli.errors import UsageError
 from repbnn_cli.graph import Network
 from repbnn_cli.graph.functional import ConvolutionCall
 from repbnn_cli.graph.probe import ConvCalls
 from repbnn_cli.graph.static import evaluate
 from repbnn_cli.graph.tracer import fetch
 from repbnn_cli.recognize import Layer
+from repbnn_cli.restoring import unchanged
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def applied_kernel(network: Network, path: str) -> Tensor:
         call = next(n for n in network.graph.nodes if n.op == "call_module" and n.target == path)
         computed: Tensor = evaluate(network.module, call.all_input_nodes[1], {})
         return computed.detach()
-    with torch.no_grad(), ConvCalls() as seen:
+    with unchanged(module), torch.no_grad(), ConvCalls() as seen:
         module(*inputs_like(network, path))
+    if not seen.calls:
+        raise UsageError(f"{path}: applies its kernel by none of torch's convolutions or linear layers, so that it "
+                         "cannot be seen; write it as F.conv2d")  # fmt: skip
     kernel: Tensor = seen.calls[0].kernel.detach()
     return kernel
 
