@@ -186,6 +186,8 @@ def _thop_with_handlers(
 
     def convolution(m: nn.Module, _: Any, y: Tensor) -> None:
         """Output elements before the repeat × what each is a sum of."""
+        if id(m) not in kernels:  # of the same class: a fixed filter
+            return
         layer = kernels[id(m)]
         channels = y.shape[-1 if layer.role.endswith("linear") else 1]
         positions = y.numel() // channels

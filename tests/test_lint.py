@@ -326,3 +326,23 @@ def test_a_rule_file_says_what_a_network_does_not_show(
     assert run([*own, "--rules", "mine.yaml"]) == 2  # it was read
     assert "mine.yaml:3: 0 has no tensor 'nothing'" in capsys.readouterr().err
     assert run([*own, "--rules", "nowhere.yaml"]) == 2
+
+
+def test_depthwise_layers_and_fixed_filters_are_not_told_what_they_cannot_do() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+            self.depthwise, self.bn1 = Depthwise(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32)
+            self.fc = nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.stem(x))
+            mean = F.conv2d(x.abs().mean(1, keepdim=True), torch.full((1, 1, 3, 3), 1 / 9), padding=1)
+            return self.fc((self.bn1(self.depthwise(x) * mean) + x).mean((2, 3)))
+
+    class Depthwise(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(Clipped.apply(x), Clipped.apply(self.weight), None)
+
+    assert not {"input-words", "float-inputs"} & set(found(Odd()))

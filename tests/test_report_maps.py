@@ -14,6 +14,7 @@ from PIL import Image
 
 from repbnn_cli import graph, surgery, zoo
 from repbnn_cli.anatomy import image_files, tensor_stats
+from repbnn_cli.commands.report import _Inputs
 from repbnn_cli.errors import DataError
 from repbnn_cli.recognize import recognize
 from repbnn_cli.report.montage import montage
@@ -87,3 +88,15 @@ def test_an_image_as_large_as_a_bomb_is_a_clear_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(DataError, match=r"large\.png: cannot be decoded as an image"):
         image_files.load([tmp_path / "large.png"], (1, 8, 8), (0.0,), (1.0,))
+
+
+def test_a_grey_image_is_grey_in_the_montage_whatever_the_recipe_s_mean() -> None:
+    image = torch.linspace(0, 1, 64).view(1, 8, 8).expand(3, 8, 8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    given = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    shown = _Inputs((given.unsqueeze(0),), given.unsqueeze(0), "", mean, std).as_seen(given)
+    torch.testing.assert_close(shown, image)
+    maps = tensor_stats.FeatureMaps("conv", shown, {0: image[0]}, {0: (image[0],)})
+    picture = np.asarray(Image.open(io.BytesIO(montage(maps, 0, 1).png)))
+    assert (picture[..., 0] == picture[..., 1]).all()
+    assert (picture[..., 0] == picture[..., 2]).all()

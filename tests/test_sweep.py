@@ -376,3 +376,16 @@ def test_an_interrupted_sweep_continues(here: Path) -> None:
     text = report.markdown(report.sweep_document(sweeps.read(here / "runs" / "tiny")))
     assert text.startswith("# tiny: A try\n")
     assert "| `irnet_resnet20-raw-seed3` | finished | 3 | 1 |" in text
+
+
+RESULT = Path(__file__).resolve().parent.parent / "checkpoints" / "irnet_resnet20_8_epochs-rep2.repbnn.pt"
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--jobs=1"])
+def test_a_result_is_not_transformed_again_and_that_is_said_at_once(
+    here: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    Path("tiny.yaml").write_text(TEXT.replace("[irnet_resnet20]", f"[{RESULT}]").replace("table: Table 3\n", ""))
+    assert run(["sweep", "tiny.yaml", option]) == 2
+    assert "is a result of `repbnn transform`, which variants.beta-4 would transform again" in capsys.readouterr().err
+    assert list(here.iterdir()) == [here / "tiny.yaml"]

@@ -57,12 +57,15 @@ class Body(nn.Module):
         raise NotImplementedError
 
 
-def certified(network: nn.Module, beta: int = 2) -> Certificate:
+COST = "convolution cost unchanged"
+
+
+def certified(network: nn.Module, beta: int = 2, last_layer: str | None = None) -> Certificate:
     torch.manual_seed(1)
     for tensor in network.parameters():
         nn.init.normal_(tensor)
     network.eval()
-    rules = load("reptran").with_options(beta, None, None)
+    rules = load("reptran").with_options(beta, None, last_layer)
     plan = surgery.plan(capture(network, Origin(None, "net", {}, None, ((3, 8, 8),)), rules), rules)
     return verify(network, plan, surgery.apply(plan).eval(), gradients=True)
 
@@ -178,7 +181,7 @@ def test_a_binary_convolution_taken_for_the_last_layer_is_said() -> None:
             x = self.bn0(self.stem(x))
             return self.bn2(self.c2(self.bn1(self.c1(x)) + x))
 
-    check = next(c for c in certified(Headless()).checks if c.name == "convolution cost unchanged")
+    check = next(c for c in certified(Headless()).checks if c.name == COST)
     assert check.summary.endswith("; last layers that take more inputs: c2")
 
 
@@ -284,6 +287,40 @@ def test_convolutions_at_the_end_that_grow_are_named() -> None:
             x = self.bn1(self.c1(x)) + x
             return self.boxes(x), self.classes(x)
 
-    check = next(c for c in certified(Dense()).checks if c.name == "convolution cost unchanged")
+    check = next(c for c in certified(Dense()).checks if c.name == COST)
     assert check.summary.endswith("; last layers that take more inputs: boxes, classes")
     assert check.values["last"] == ["boxes", "classes"]
+
+
+class DenseHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.c1, self.bn1 = BConv(16, 16, 3), nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.bn0(self.stem(x))
+        return self.head(self.bn1(self.c1(x)) + x)
+
+
+class MeanOfMagnitudes(DenseHead):
+    """XNOR-Net's K: the mean of |x| around each pixel, by a fixed filter over one channel."""
+
+    def forward(self, x: Tensor) -> object:
+        x = self.bn0(self.stem(x))
+        k = F.conv2d(x.abs().mean(1, keepdim=True), torch.full((1, 1, 3, 3), 1 / 9), padding=1)
+        return self.head(self.bn1(self.c1(x) * k) + x).mean((2, 3))
+
+
+@pytest.mark.parametrize(("last_layer", "grows"), [("all", True), ("1_over_beta", False), ("1_over_beta2", False)])
+def test_only_a_last_layer_that_grows_is_named(last_layer: str, grows: bool) -> None:
+    check = next(c for c in certified(DenseHead(), last_layer=last_layer).checks if c.name == COST)
+    assert check.values["last"] == (["head"] if grows else [])
+    assert ("take more inputs: head" in check.summary) == grows
+
+
+@pytest.mark.parametrize("beta", [2, 4])
+def test_a_fixed_filter_that_runs_once_for_each_replica_is_named(beta: int) -> None:
+    check = next(c for c in certified(MeanOfMagnitudes(), beta).checks if c.name == COST)
+    assert f"layers that grow ×{beta}: conv2d_call" in check.summary

@@ -58,7 +58,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """Some channels of one tensor, for one image. image: (3, H, W) or (1, H, W) as given to the network.
+    """Some channels of one tensor, for one image. image: (3, H, W) or (1, H, W), to be shown beside them.
 
     source: source channel → its map (H, W); copies: source channel → its replicas' maps in the Rep network.
     """

@@ -105,7 +105,8 @@ def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
             options = value["options"]
             passed = all(c["passed"] for c in value["certificate"])
             yield (
-                "transformed", f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}"
+                "transformed", f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}, "
+                f"last layer {options['last_layer']}",
             )  # fmt: skip
             yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
             yield "certificate", "passed" if passed else "FAILED"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,19 @@ _MOST_IMAGES, _SHOWN_IMAGES, _NOISE = 16, 3, 4
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the networks are run on. real: the images among it, for feature maps; said: where it comes from."""
+    """What the networks are run on. real: the images among it, for feature maps; said: where it comes from; mean, std:
+    what made the pixels of an image the values that the network takes."""
 
     tensors: tuple[Tensor, ...]
     real: Tensor | None
     said: str
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+    def as_seen(self, image: Tensor) -> Tensor:
+        """An image of `real`, (C, H, W), as pixels again."""
+        mean, std = (torch.tensor(v[: len(image)]).view(-1, 1, 1) for v in (self.mean, self.std))
+        return image * std + mean
 
 
 def report(
@@ -172,7 +180,9 @@ def _evidence(
         seen = [tensor_stats.activations(module, known, *inputs.tensors) for module, known in sides]
         maps: tuple[tensor_stats.FeatureMaps, ...] = ()
         if inputs.real is not None:
-            maps = tensor_stats.feature_maps(opened.plan, opened.module, inputs.real[:_SHOWN_IMAGES], layer)
+            shown = inputs.real[:_SHOWN_IMAGES]
+            maps = tensor_stats.feature_maps(opened.plan, opened.module, shown, layer)
+            maps = tuple(replace(m, image=inputs.as_seen(m.image)) for m in maps)
     return room.Evidence(
         blocks=anatomy.blocks(opened.plan, network),
         weights=(
@@ -200,8 +210,8 @@ def _inputs(opened: result.Result, places: Sequence[str]) -> _Inputs:
     trained_by = result.training_of(opened.payload).get("recipe_text")
     recipe = recipes.loads(trained_by, "its recipe") if trained_by else recipes.for_network(opened.origin)
     images = image_files.load(paths, shape_list[0], recipe.header.mean, recipe.header.std)
-    said = f"{len(paths)} images, mean and deviation as in the recipe {recipe.name}"
-    return _Inputs((images,), images, said)
+    said = f"{len(paths)} image{'s' if len(paths) > 1 else ''}, mean and deviation as in the recipe {recipe.name}"
+    return _Inputs((images,), images, said, recipe.header.mean, recipe.header.std)
 
 
 def _standings(others: Sequence[str], opened: result.Result, model: str | None) -> list[room.Standing]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from repbnn_cli import report, runs, source, views, zoo
+from repbnn_cli import checkpoint, report, result, runs, source, views, zoo
 from repbnn_cli.commands import pupils
 from repbnn_cli.data import check_spec
 from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
@@ -91,6 +91,10 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
     for network in made.networks:
         arch = network if network in zoo.ARCHS else None
+        transforms = next((name for name, variant in made.variants.items() if variant.transforms), None)
+        if arch is None and transforms and result.payload_in(checkpoint.load(network)) is not None:
+            raise UsageError(f"{made.name}: networks: {network} is a result of `repbnn transform`, which "
+                             f"variants.{transforms} would transform again; name its source")  # fmt: skip
         if made.recipe is not None:
             recipe = recipes.load(made.recipe, arch)
         elif arch is not None:
@@ -228,7 +232,7 @@ def _run_all(
             signal.signal(number, handler)
     if running.stopped:
         raise StoppedError(
-            f"{folder}: stopped; runs have saved their states; the same command continues", running.stopped
+            f"{folder}: stopped; the same command continues, runs that had begun from their states", running.stopped
         )
     return failed
 

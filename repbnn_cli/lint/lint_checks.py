@@ -49,10 +49,11 @@ class Evidence:
 
     @property
     def binary(self) -> list[Seen]:
-        """One record for each binary kernel, at its first call."""
+        """One record for each binary kernel, at its first call; a fixed filter (XNOR-Net's mean of |x|) is none."""
         first: dict[str, Seen] = {}
         for seen in self.observation.seen:
-            if seen.weight_bits == 1:
+            fixed = seen.path in self.layers and self.layers[seen.path].role == "weightless"
+            if seen.weight_bits == 1 and not fixed:
                 first.setdefault(seen.path, seen)
         return list(first.values())
 
@@ -134,7 +135,7 @@ def zero_padding(found: Evidence) -> Iterator[Place]:
 def input_words(found: Evidence) -> Iterator[Place]:
     for seen in found.packed:
         channels = seen.kernel[1]
-        if channels % WORD:
+        if channels % WORD and channels > 1:  # depthwise layers have no words to fill
             used = channels / (-(-channels // WORD) * WORD)
             group = " per group" if seen.groups > 1 else ""
             yield Place(seen.path, f"{channels} input channels{group}: {used:.0%} of its words' bits are used")

@@ -15,7 +15,7 @@ def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
     prepared = training.get("inherited", {})
     spread, fit = prepared.get("spread"), prepared.get("fit")
     if spread and not fit:
-        yield Paragraph(f"BatchNorm shifts of the copies started apart, from {-spread:g} to {spread:g} (`--spread`).")
+        yield Paragraph(f"BatchNorm shifts of the copies started apart, from {-spread:g} to {spread:g} (--spread).")
     if not fit:
         return
     yield Paragraph(
@@ -23,8 +23,8 @@ def inherited(training: Mapping[str, Any]) -> Iterator[Block]:
         f"{exact(prepared['fit_images'])} training images, without labels. What is missed is the mean squared distance "
         "of the values behind a convolution to the source's, over their variance."
         + (f" The replicas of a channel aimed from {-spread:g} to {spread:g} standard deviations of it beside the "
-           "source's values (`--spread`), and the distance is to that." if spread else "")
-        + (f" Latent kernels whose signs alone count were then scaled by {prepared['latents']:g} (`--latents`)."
+           "source's values (--spread), and the distance is to that." if spread else "")
+        + (f" Latent kernels whose signs alone count were then scaled by {prepared['latents']:g} (--latents)."
            if "latents" in prepared else "")
     )  # fmt: skip
     curves = [

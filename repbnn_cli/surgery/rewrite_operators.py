@@ -129,7 +129,9 @@ class OperatorWalk(OperandWalk):
             self._pointwise(node)
         elif kind in ("spatial", "random"):
             self._carry_one(node, random=kind == "random")
-        elif rule is not None and is_other_layer(self.network, self.layers, self._static, node):
+        elif rule is not None and (
+            node.meta.get("convs") or is_other_layer(self.network, self.layers, self._static, node)
+        ):  # a fixed filter, an attention: at β times its cost
             self._per_replica(node, rule)
         else:
             self._fold(node)

@@ -20,7 +20,7 @@ from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph import KeptGraphModule, random_inputs
 from repbnn_cli.graph.tracer import fetch, place_of
 from repbnn_cli.inherit import Columns, Kernel
-from repbnn_cli.plan import Plan
+from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.restoring import modes_kept, unchanged
 from repbnn_cli.user_code.cpu_only import running
 from repbnn_cli.verify.lockstep import Lockstep, StuckError, difference, tensors_of
@@ -236,13 +236,18 @@ def _costs(plan: Plan, rep: nn.Module, runs: list[Lockstep]) -> Check:
     # has taken its place where there was no other.
     last = [
         e.path for e in plan.edits
-        if e.action == "select_inputs" and e.after != e.before
+        if e.action == "select_inputs" and _inputs_grow(plan, e)
         and (plan.layers[e.path].binary or len(plan.layers[e.path].kernel_shape) > 2)
     ]  # fmt: skip
     if last:
         text += f"; last layers that take more inputs: {some(last)}"
     values = {"weights": weights, "macs": macs, "depthwise": grown, "last": last}
     return Check("convolution cost unchanged", passed, text, values)
+
+
+def _inputs_grow(plan: Plan, edit: ModuleEdit) -> bool:
+    layer = plan.layers[edit.path]
+    return edit.channels is not None and edit.channels[0] > layer.in_channels
 
 
 def _carried(plan: Plan, rep: nn.Module) -> Check:
