@@ -89,9 +89,9 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
                 raise UsageError(f"{made.name}: variants.{name}.{key}: has no meaning for a network that {what}")
         sets = (*variant.set, *budget.sets)
         pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
+    transforms = next((name for name, variant in made.variants.items() if variant.transforms), None)
     for network in made.networks:
         arch = network if network in zoo.ARCHS else None
-        transforms = next((name for name, variant in made.variants.items() if variant.transforms), None)
         if arch is None and transforms and result.payload_in(checkpoint.load(network)) is not None:
             raise UsageError(f"{made.name}: networks: {network} is a result of `repbnn transform`, which "
                              f"variants.{transforms} would transform again; name its source")  # fmt: skip

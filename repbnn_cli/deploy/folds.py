@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repbnn_cli.deploy.match import is_hardtanh
+from repbnn_cli.deploy.match import is_hardtanh, is_hooked
 from repbnn_cli.deploy.writes import Writes
 from repbnn_cli.graph import KeptGraphModule, Network, bare
 from repbnn_cli.graph.tracer import fetch
@@ -74,8 +74,7 @@ class _Pass:
         """Sums of two tensors of one shape, hardtanh and identity."""
         if node.op == "call_module":
             module = fetch(self.network.module, str(node.target))
-            hooked = module._forward_hooks or module._forward_pre_hooks
-            return not hooked and (type(module) is nn.Identity or is_hardtanh(module))
+            return not is_hooked(module) and (type(module) is nn.Identity or is_hardtanh(module))
         shapes = {tuple(n.meta["value"].shape) for n in node.all_input_nodes if hasattr(n.meta["value"], "shape")}
         return node.op == "call_function" and node.target in _ELEMENTWISE and len(shapes) == 1
 

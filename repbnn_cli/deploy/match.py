@@ -266,7 +266,7 @@ class _Matcher:
         if node is None or node.op != "call_module":
             return None
         module: nn.Module = fetch(self.root, str(node.target))
-        return None if module._forward_hooks or module._forward_pre_hooks else module  # a hook may change values
+        return None if is_hooked(module) else module
 
     def _name(self, node: fx.Node) -> str:
         module = self._module(node)
@@ -297,6 +297,11 @@ def _shift(module: nn.Module, channels: int) -> Tensor | None:
         except Exception:  # wants other shapes, so it is no shift of (N, C, H, W)
             return None
     return values.detach().float() if same else None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody's hook may change what a module takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_hardtanh(module: nn.Module | None) -> TypeGuard[nn.Hardtanh]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repbnn_cli import seeds
-from repbnn_cli.graph.tracer import execute, fetch
+from repbnn_cli.graph.tracer import execute, fetch, reached
 
 
 def static_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -48,15 +48,8 @@ def _kind_of(node: fx.Node) -> Tensor:
 
 def roots(node: fx.Node) -> list[fx.Node]:
     """The parameters and buffers that a static node is computed from, each once, in order of the graph."""
-    seen: dict[fx.Node, None] = {}
-    todo = [node]
-    while todo:
-        at = todo.pop()
-        if at not in seen:
-            seen[at] = None
-            todo += value_inputs(at)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    found = [n for n in seen if n.op == "get_attr" and isinstance(n.meta["value"], Tensor)]
+    found = [n for n in reached(node, value_inputs) if n.op == "get_attr" and isinstance(n.meta["value"], Tensor)]
     unique = {str(n.target): n for n in sorted(found, key=lambda n: order[n], reverse=True)}
     return sorted(unique.values(), key=lambda n: order[n])
 

@@ -315,14 +315,8 @@ class Tracer(fx.Tracer):
 
     def _held(self, node: fx.Node, along: int | None = None) -> dict[str, fx.Node]:
         """The parameters and buffers that a node is computed from; along 0: that it is, or is a part of."""
-        seen: dict[fx.Node, None] = {}
-        todo = [node]
-        while todo:
-            at = todo.pop()
-            if at not in seen:
-                seen[at] = None
-                todo += at.all_input_nodes[:1] if along == 0 else at.all_input_nodes
-        return {str(n.target): n for n in seen if n.op == "get_attr"}
+        most = 1 if along == 0 else None
+        return {str(n.target): n for n in reached(node, lambda at: at.all_input_nodes[:most]) if n.op == "get_attr"}
 
     # -- reporting ---------------------------------------------------------------------------------------------------
     def note(self, text: str) -> None:
@@ -341,6 +335,18 @@ class Tracer(fx.Tracer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small helpers
+
+
+def reached(node: fx.Node, inputs: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
+    """A node and all that it is computed from, each once. inputs: of a node, those that count."""
+    seen: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at not in seen:
+            seen[at] = None
+            todo += inputs(at)
+    return list(seen)
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -247,7 +247,7 @@ class _Walk:
         self._counted: set[int] = set()
         self._parameter_work = 0
         self._assumed_float = 0
-        self._never_called: list[str] = []
+        self._never_used: list[str] = []
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -304,8 +304,8 @@ class _Walk:
             unused = [name for name, t in tensors.items() if id(t) not in self._counted]
             own = sizes_of(module, None, self._counted, recurse=False)
             if own.latent:
-                whole = [path] if path and len(unused) == len(tensors) else [f"{path}.{n}".lstrip(".") for n in unused]
-                self._never_called += whole
+                all_of_it = path and len(unused) == len(tensors)
+                self._never_used += [path] if all_of_it else [f"{path}.{n}".lstrip(".") for n in unused]
                 own = replace(own, packed_1bit=0, packed_32bit=0)
                 self._record(None, path, 0, type(module).__name__, Count(), own)
 
@@ -365,8 +365,8 @@ class _Walk:
                 "one operation per output element and learned scale; other work in their forward cannot be seen, and "
                 f"binary ones without a learned scale are packed with one per filter ({some(foreign)})."
             )
-        if self._never_called:
-            yield f"Not used in eval mode, so neither counted nor deployed: {some(self._never_called)}."
+        if self._never_used:
+            yield f"Not used in eval mode, so neither counted nor deployed: {some(self._never_used)}."
 
     def _is_foreign_conv(self, path: str, module: Any) -> bool:
         layer = self.layers.get(path)
