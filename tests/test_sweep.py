@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from drawings import Shape, axis, read
 from pages import Reader, check_page, tables_of
 
@@ -54,7 +56,7 @@ def test_the_experiments_of_the_repository_are_valid(file: Path) -> None:
 def test_every_variant_of_a_table_has_its_figure_in_the_paper() -> None:
     for file in (ROOT / "experiments").glob("table*.yaml"):
         made = experiments.load(str(file))
-        for network in made.file.networks:
+        for network in made.networks:
             for name in made.file.variants:
                 row = sweeps._row(made, Budget("cifar10:DIR", 2), {}, network, name, "raw")
                 # Table 4 has no source figure, and Table 7 no IR-Net ResNet-18.
@@ -100,6 +102,76 @@ def test_a_dry_run_prints_the_commands(here: Path, capsys: pytest.CaptureFixture
     assert "--epochs 7 --set optimizer.lr=0.05 --set batch=64" in lines[3]
     assert "--spread" not in lines[3]
     assert list(here.iterdir()) == [here / "tiny.yaml"]
+
+
+OWN = """import torch
+from torch import nn
+from repbnn_cli.binarize import ste_sign
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        kernel = ste_sign(self.conv.weight)
+        return self.norm(nn.functional.conv2d(ste_sign(x), kernel, padding=1)) + x
+
+def make(width=8):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
+    return nn.Sequential(nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), Block(width), Block(width), *head)
+"""
+
+
+def test_a_network_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checkpoint, and what the commands have to be told of it: both sides are trained."""
+    (here / "own.py").write_text(OWN, "utf-8")
+    space: dict[str, Any] = {}
+    exec(OWN, space)
+    torch.save(space["make"](16).state_dict(), here / "own.pth")
+    network = '{checkpoint: own.pth, model: "own.py:make", model_args: {width: 16}, input_size: 3x32x32}'
+    text = TEXT.replace("irnet_resnet20", network).replace("[3, 5]", "[3]").replace("epochs: 2", "epochs: 1")
+    (here / "tiny.yaml").write_text(text, "utf-8")
+    assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = "--model own.py:make --model-args '{\"width\": 16}' --input-size 3x32x32"
+    assert lines[0].startswith(f"repbnn finetune own.pth {told} --data digits --seed 3 ")
+    assert lines[1].startswith(f"repbnn transform own.pth {told} --beta 4 --seed 3 -o ")
+    assert " --model own.py:make --data digits " in lines[2]  # a result says the rest itself
+    assert run(["sweep", "tiny.yaml"]) == 0, capsys.readouterr().err
+    rows = sweeps.read(here / "runs" / "tiny").rows
+    assert [(row.network, row.variant, len(row.finished)) for row in rows] == [
+        ("own.pth", "raw", 1), ("own.pth", "beta-4", 1),
+    ]  # fmt: skip
+    capsys.readouterr()
+    (here / "own.py").write_text(f"{OWN}\n# changed\n", "utf-8")
+    assert run(["sweep", "tiny.yaml"]) == 2
+    assert "changed: what is in own.py; give another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("{checkpoint: own.pth, modle: x}", "tiny.yaml:5 networks[0].modle: unknown key 'modle'; expected one of "
+         "checkpoint, arch, model, model_args, input_size, key; nearest: model, model_args"),
+        ('{model: "own.py:make"}', "tiny.yaml:5 networks[0]: has no 'checkpoint'; expected checkpoint, arch, model"),
+        ('{checkpoint: own.pth, model: "own.py:make", model_args: {width: 4}}', "own.pth: does not fit the model"),
+        ('{checkpoint: own.pth, model: "own.py:mak"}', "own.py:mak: no mak in own; nearest: make"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_ones_own_network(
+    network: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.py").write_text(OWN, "utf-8")
+    space: dict[str, Any] = {}
+    exec(OWN, space)
+    torch.save(space["make"]().state_dict(), here / "own.pth")
+    (here / "tiny.yaml").write_text(TEXT.replace("irnet_resnet20", network), "utf-8")
+    assert run(["sweep", "tiny.yaml", "--dry-run"]) in (2, 3, 5)
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (here / "runs").exists()
 
 
 def test_some_of_the_cells(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from repbnn_cli import checkpoint, report, result, runs, source, views, zoo
-from repbnn_cli.commands import pupils
+from repbnn_cli.commands import pupils, targets
 from repbnn_cli.data import check_spec
 from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import experiments, sweeps
@@ -91,10 +91,13 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
     transforms = next((name for name, variant in made.variants.items() if variant.transforms), None)
     for network in made.networks:
-        arch = network if network in zoo.ARCHS else None
-        if arch is None and transforms and result.payload_in(checkpoint.load(network)) is not None:
-            raise UsageError(f"{made.name}: networks: {network} is a result of `repbnn transform`, which "
+        name, origin = network.checkpoint, network.origin
+        arch = name if name in zoo.ARCHS else None
+        if arch is None and transforms and result.payload_in(checkpoint.load(name, key=network.key)) is not None:
+            raise UsageError(f"{made.name}: networks: {name} is a result of `repbnn transform`, which "
                              f"variants.{transforms} would transform again; name its source")  # fmt: skip
+        if origin:
+            targets.found(name, **origin)
         if made.recipe is not None:
             recipe = recipes.load(made.recipe, arch)
         elif arch is not None:
@@ -125,36 +128,30 @@ def _steps(
     experiment: Experiment, cell: Cell, budget: Budget, folder: Path, device: str | None
 ) -> tuple[tuple[str, ...], ...]:
     """The commands of a cell: what is there already is not made again, a run that was begun is resumed."""
-    variant, steps = cell.variant, []
-    start = cell.network
+    variant, network, run_dir = cell.variant, experiment.networks[cell.network], folder / cell.name
+    start, told, steps = cell.network, network.origin, []
     if variant.transforms:
         start = str(folder / sweeps.STARTS / cell.result_name)
-        given = (("--beta", variant.beta), ("--rules", variant.rules), ("--inherit", variant.inherit),
-                 ("--last-layer", variant.last_layer))  # fmt: skip
-        options = [text for flag, value in given if value is not None for text in (flag, str(value))]
+        how = {key: getattr(variant, key) for key in experiments.TRANSFORM}
         if not Path(start).exists():
-            steps.append(("transform", cell.network, *options, "--seed", str(cell.seed), "-o", start))
-    run_dir = folder / cell.name
-    train = ["finetune", start, "--data", budget.data, "--seed", str(cell.seed), "--run-dir", str(run_dir)]
-    if experiment.file.recipe:
-        train += ["--recipe", experiment.file.recipe]
-    if budget.epochs:
-        train += ["--epochs", str(budget.epochs)]
-    for text in (*variant.set, *budget.sets):
-        train += ["--set", text]
-    if variant.distill:
-        train += ["--distill", str(variant.distill)]
-    if variant.fit is not None:
-        train += ["--fit", str(variant.fit)]
-    if variant.spread is not None:
-        train += ["--spread", str(variant.spread)]
-    if variant.latents is not None:
-        train += ["--latents", str(variant.latents)]
-    if device:
-        train += ["--device", device]
-    if (run_dir / runs.RECORD).exists():
-        train.append("--resume")
-    return (*steps, tuple(train))
+            steps.append(("transform", cell.network, *_options(**told, **how, seed=cell.seed), "-o", start))
+        told = {"model": network.model}  # all else the result says itself
+    recipe = _options(
+        **told, data=budget.data, seed=cell.seed, run_dir=run_dir, recipe=experiment.file.recipe, epochs=budget.epochs
+    )
+    sets = [text for change in (*variant.set, *budget.sets) for text in ("--set", change)]
+    distill = variant.distill or None
+    fit = _options(
+        distill=distill, fit=variant.fit, spread=variant.spread, latents=variant.latents, device=device or None
+    )
+    resume = ["--resume"] if (run_dir / runs.RECORD).exists() else []
+    return (*steps, ("finetune", start, *recipe, *sets, *fit, *resume))
+
+
+def _options(**values: object) -> list[str]:
+    """As a command line writes them, without those that are None."""
+    given = {key.replace("_", "-"): str(value) for key, value in values.items() if value is not None}
+    return [text for key, value in given.items() for text in (f"--{key}", value)]
 
 
 @dataclass

@@ -80,7 +80,7 @@ Means = Mapping[str, Mapping[float, float]]  # variant → epoch → top-1
 
 def _curves(sweep: Sweep) -> Iterator[Block]:
     """A chart for each network that has an epoch; their curves have the same colours. Then the same as tables."""
-    found = {network: _means(sweep, network) for network in sweep.experiment.file.networks}
+    found = {network: _means(sweep, network) for network in sweep.experiment.networks}
     found = {network: means for network, means in found.items() if any(means.values())}
     if not found:
         return

@@ -10,16 +10,22 @@
     epochs: 40                           # of every cell; the recipe's where it is left out
     seeds: [0, 1, 2]
 
+A network of one's own is its checkpoint and what the commands have to be told of it:
+
+    networks:
+      - {checkpoint: net.pth, model: "net.py:make", input_size: 3x32x32}
+
 A variant that names none of beta, rules, inherit and last_layer is the source network itself; all others are RepBNNs.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from repbnn_cli import paper
 from repbnn_cli.errors import RulesError
@@ -35,6 +41,30 @@ def _not_empty(value: tuple[object, ...]) -> tuple[object, ...]:
     if not value:
         raise ValueError("expected at least one")
     return value
+
+
+class Network(BaseModel):
+    """A network to train: a zoo name or a checkpoint, and what the file does not say itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    checkpoint: Text = Field(description="Zoo name (trained from scratch) or checkpoint (trained further).")
+    arch: Text | None = Field(None, description="Zoo name of what the checkpoint holds, where several fit.")
+    model: Text | None = Field(None, description="Your own network, file.py:callable or module:callable.")
+    model_args: dict[str, Any] | None = Field(None, description="Its arguments.")
+    input_size: Text | None = Field(None, description="Input without batch, e.g. 3x32x32.")
+    key: Text | None = Field(None, description="Key of the state dict in the file.")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is said of it, by the names of the commands' options."""
+        said = self.model_dump(exclude={"checkpoint"}, exclude_none=True)
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+
+
+def _named(value: object) -> object:
+    """A name alone is that of the checkpoint."""
+    return tuple({"checkpoint": v} if isinstance(v, str) else v for v in value) if isinstance(value, tuple) else value
 
 
 class Variant(BaseModel):
@@ -69,8 +99,8 @@ class ExperimentFile(BaseModel):
     summary: Text = Field(description="One line.")
     table: Text | None = Field(None, description="Table of the paper whose figures stand beside ours, e.g. Table 3.")
     data: Text = Field("cifar10", description="Data set, as for --data.")
-    networks: Annotated[tuple[Text, ...], AfterValidator(_not_empty)] = Field(
-        description="Zoo names (trained from scratch) or checkpoints (trained further)."
+    networks: Annotated[tuple[Network, ...], BeforeValidator(_named), AfterValidator(_not_empty)] = Field(
+        description="Zoo names (trained from scratch), checkpoints (trained further), or one's own networks."
     )
     variants: dict[Name, Variant] = Field(description="Name → what is done; one without a transform is the source.")
     recipe: Text | None = Field(None, description="Recipe of all cells; each network's own where it is left out.")
@@ -114,9 +144,16 @@ class Experiment:
         return tuple(dict.fromkeys(filter(None, map(self.table_of, self.file.variants))))
 
     @property
+    def networks(self) -> dict[str, Network]:
+        """By their names or the paths of their checkpoints."""
+        return {network.checkpoint: network for network in self.file.networks}
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """Checkpoints, recipe and rule files that it names, as far as they are there."""
-        named = [*self.file.networks, self.file.recipe, *(variant.rules for variant in self.file.variants.values())]
+        """Checkpoints, code, recipe and rule files that it names, as far as they are there."""
+        code = [network.model.rpartition(":")[0] for network in self.file.networks if network.model]
+        rules = [variant.rules for variant in self.file.variants.values()]
+        named = [*self.networks, *code, self.file.recipe, *rules]
         return tuple(dict.fromkeys(name for name in named if name and Path(name).is_file()))
 
     def table_of(self, variant: str) -> str | None:
@@ -126,7 +163,7 @@ class Experiment:
     def cells(self) -> tuple[Cell, ...]:
         made = self.file
         return tuple(
-            Cell(network, name, variant, seed)
+            Cell(network.checkpoint, name, variant, seed)
             for network in made.networks
             for name, variant in made.variants.items()
             for seed in made.seeds

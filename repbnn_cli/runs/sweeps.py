@@ -118,7 +118,7 @@ def read(folder: str | os.PathLike[str]) -> Sweep:
     path, experiment, budget, _ = _opened(Path(folder))
     begun = {cell: runs.read(path / cell.name) for cell in experiment.cells if (path / cell.name / "run.json").exists()}
     rows: list[Row] = []
-    for network in experiment.file.networks:
+    for network in experiment.networks:
         sources = [n for n, variant in experiment.file.variants.items() if not variant.transforms]
         for name in experiment.file.variants:
             rows.append(_row(experiment, budget, begun, network, name, sources[0] if sources else None))
