@@ -71,7 +71,7 @@ def cell(text: str) -> str:
 
 def safe(text: str) -> str:
     """Text outside code spans: no markup of its own, as GitHub reads it."""
-    escaped = re.sub(r"[\\*`]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=])\(", r"\\\g<0>", str(text))
+    escaped = re.sub(r"[\\*`]|(?<!\w)_|_(?!\w)|~|(?<=])\(", r"\\\g<0>", str(text))
     return html.escape(escaped, quote=False)
 
 

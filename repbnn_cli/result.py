@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,11 @@ def payload_of(src: Source, plan: Plan, rep: nn.Module, certificate: Certificate
         "notes": list(plan.notes) + list(plan.network.notes),
         "certificate": certificate.as_plain(),
         "source_tensors": {} if slim else src.model.state_dict(),
-        "provenance": {"repbnn": repbnn_cli.__version__, "torch": torch.__version__},
+        "provenance": {
+            "repbnn": repbnn_cli.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import repbnn_cli
-from repbnn_cli import views
+from repbnn_cli import source, views
 from repbnn_cli.cli import app, run
 from repbnn_cli.plan import PlanRow
 
@@ -43,6 +43,28 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     assert len(lines) == 1
     assert "Traceback" not in captured.err
     return lines[0]
+
+
+def test_no_folder_for_results_is_said_before_any_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(source, "from_checkpoint", lambda *_, **__: pytest.fail("worked"))
+    Path("checkpoints").write_text("a file")
+    assert run(["transform", "ckpt.pth"]) == 2
+    assert "checkpoints: is no folder, as results want it; move it, or name the result with -o" in error_of(capsys)
+
+
+def test_words_between_colons_stay_words(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ckpt.pth").rename("a:cat:b.pth")
+    assert run(["inspect", "a:cat:b.pth"]) == 0
+    assert "a:cat:b.pth" in capsys.readouterr().out
+
+
+def test_a_result_of_fresh_weights_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["transform", "irnet_resnet20", "-o", "fresh.repbnn.pt", "--verify", "quick"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", "fresh.repbnn.pt"]) == 0
+    assert "a network of the zoo with fresh weights" in " ".join(capsys.readouterr().out.split())
 
 
 # -- the three commands of the main job ------------------------------------------------------------------

@@ -253,6 +253,29 @@ def test_an_accuracy_of_float_kernels_is_not_that_of_the_packed_network(
     assert packed.open_packed("trained.packed", "tiny.py:make").header["training"]["top1"] == expected
 
 
+def test_a_packed_network_has_the_accuracy_that_it_was_measured_with_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the paper's of the network that it is, or came from."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["transform", str(CHECKPOINT), "-o", "rep.repbnn.pt", "--verify", "quick"]) == 0
+    assert run(["export", "packed", str(CHECKPOINT), "-o", "net.packed"]) == 0
+    assert run(["export", "packed", "rep.repbnn.pt", "-o", "rep.packed"]) == 0
+    opened = checkpoints.load("rep.repbnn.pt")
+    payload = results.payload_in(opened)
+    assert payload is not None
+    about = {"top1": 54.5, "data": "cifar10", "recipe": "r", "kernels": "binary"}
+    results.save(results.with_tensors(payload, opened.tensors, about), Path("trained.repbnn.pt"))
+    assert run(["export", "packed", "trained.repbnn.pt", "-o", "trained.packed"]) == 0
+    capsys.readouterr()
+    assert run(["compare", "net.packed", "rep.packed", "trained.packed", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["networks"]
+    assert [(n["target"], n["network"]) for n in found] == [
+        ("net.packed", "irnet_resnet20"), ("rep.packed", "Rep-irnet_resnet20"), ("trained.packed", "Rep-irnet_resnet20")
+    ]  # fmt: skip
+    assert [n["top1"] for n in found] == [None, None, 54.5]
+
+
 def test_a_network_of_half_precision_is_timed_and_has_no_packed_form(
     result: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

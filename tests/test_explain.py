@@ -120,6 +120,10 @@ def test_values_that_were_trained_since_are_said_to_be() -> None:
     assert values["bias"] == "as the transform made them"
     fresh = explainer(Residual(), inherit="none")
     assert {t.made_from for t in story(fresh, "conv1").tensors} == {"a fresh start (inherit: none)"}
+    assert "a fresh start (inherit: none)" in story(fresh, "act").what
+    assert "the source channel's values" not in story(fresh, "act").what
+    before = explainer(Residual(), inherit="none", rule="bn-before-repeat")
+    assert "the mean of those" not in story(before, "bn1").what
 
 
 # -- words for any map -------------------------------------------------------------------------------------------

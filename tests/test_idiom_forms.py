@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -398,6 +399,37 @@ def test_a_kernel_for_each_sample_is_refused_by_name() -> None:
     message = refusal(MixedForEachSample)
     assert "conv2d applies a kernel that is computed from the input" in message
     assert "test_idiom_forms.py:" in message
+
+
+class Tracked(Net):
+    """The features of one part of an image are the kernel for all of it, depthwise or whole."""
+
+    whole = False
+
+    def build(self) -> None:
+        self.conv, self.bn = Conv(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x)) + x
+        n, c, h, w = x.shape
+        template = x[:, :, 1:4, 1:4]
+        if self.whole:
+            found = F.conv2d(x.reshape(1, n * c, h, w), template, padding=1, groups=n)
+            return found.view(n, 1, h, w).expand(n, c, h, w)
+        found = F.conv2d(x.reshape(1, n * c, h, w), template.reshape(n * c, 1, 3, 3), padding=1, groups=n * c)
+        return found.view(n, c, h, w)
+
+
+class TrackedWhole(Tracked):
+    whole = True
+
+
+@pytest.mark.parametrize("make", [Tracked, TrackedWhole])
+def test_a_kernel_made_of_another_image_is_carried_by_the_rule_that_its_refusal_names(make: type[Net]) -> None:
+    rule = re.search("rule file: `(.*)`", refusal(make))
+    assert rule is not None
+    plan = transformed(make, rule[1])
+    assert {edit.action for edit in plan.edits} >= {"rep_conv", "first_replica"}
 
 
 class FloatUntilTold(Net):

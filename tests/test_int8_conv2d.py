@@ -53,6 +53,17 @@ def test_the_result_is_the_float64_convolution_rounded_once(
     assert torch.equal(sign_conv2d(signs, weights, stride, padding), expected.float())
 
 
+def test_a_forward_may_write_into_what_it_gives() -> None:
+    signs = drawn((2, 16, 5, 5), 0, zeros=False).requires_grad_()
+    kernel = (drawn((8, 16, 3, 3), 1, zeros=False) * 0.5).requires_grad_()
+    found, plain = sign_conv2d(signs, kernel), F.conv2d(signs, kernel)
+    found += 1
+    assert torch.equal(found.relu_(), (plain + 1).relu())
+    assert torch.equal(
+        torch.autograd.grad(found.sum(), kernel)[0], torch.autograd.grad((plain + 1).relu().sum(), kernel)[0]
+    )
+
+
 def test_a_filter_of_zeros_gives_zeros() -> None:
     signs, kernel = drawn((2, 4, 5, 5), 0, zeros=False), drawn((3, 4, 3, 3), 1, zeros=False)
     kernel[1] = 0

@@ -51,6 +51,23 @@ def test_it_equals_the_batch_norm_of_the_repeated_tensor(
         torch.testing.assert_close(found, true, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_forward_may_write_into_what_it_gives(channels_last: bool) -> None:
+    """`out += x`: autograd refuses that for a view that a function of its own made."""
+    given = inputs(5, 4, 2, (3, 4))
+    if channels_last:
+        given[0] = given[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    other = [t.detach().clone().requires_grad_() for t in given]
+    values, plain = rep_batch_norm(*given, 1e-5)[0], reference.rep_batch_norm(*other)
+    values += 0.5
+    torch.testing.assert_close(values.relu_(), (plain + 0.5).relu(), rtol=1e-9, atol=1e-9)
+    for found, true in zip(
+        torch.autograd.grad(values.square().sum(), given),
+        torch.autograd.grad((plain + 0.5).relu().square().sum(), other), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(found, true, rtol=1e-7, atol=1e-8)
+
+
 def test_float32_keeps_its_digits_beside_a_large_mean() -> None:
     given = inputs(3, 16, 4, (9, 7), torch.float32)
     with torch.no_grad():

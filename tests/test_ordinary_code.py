@@ -308,7 +308,7 @@ def test_outputs_with_names(kind: type) -> None:
     certificate = verify(network, plan, rep.eval(), gradients=True)
     assert certificate.passed, str(certificate)
     (note,) = plan.notes
-    assert "`match: {path: :mean}, apply: select_inputs, share: 1_over_beta` gives one replica" in note
+    assert '`match: {path: ":mean"}, apply: select_inputs, share: 1_over_beta` gives one replica' in note
     given = rep(images(3))
     assert isinstance(given, kind)
     assert given.features.shape == (3, 16)

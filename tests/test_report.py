@@ -104,6 +104,7 @@ def test_markdown_cells_cannot_be_broken_out_of() -> None:
     assert table.splitlines()[2] == "| x\\|y z | `` `\\|` `` |"
     assert number_text.fenced("```yaml\n```") == "````\n```yaml\n```\n````\n"
     assert number_text.safe("<b> & *x*") == "&lt;b&gt; &amp; \\*x\\*"
+    assert number_text.safe("a ~b~") == "a \\~b\\~"  # GitHub strikes through with one tilde, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -171,6 +172,23 @@ def test_runs_of_one_name_are_told_apart(folders: Path) -> None:
     both = folders / "done", folders / "other" / "done"
     assert [r["run"] for r in tables(*both)[0]] == [f"{folders.name}/done", "other/done"]
     assert len(curves("run-top1", *both)) == 4
+
+
+def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(folders: Path, tmp_path: Path) -> None:
+    for name, figure in (("raw", 86.5), ("rep", 87.6)):
+        shutil.copytree(folders / "done", tmp_path / name / "sweep" / "done")
+        file = tmp_path / name / "sweep" / "done" / "environment.json"
+        about = json.loads(file.read_text())
+        about["stages"][-1] |= {"published": figure, "table": "Table 7"}
+        file.write_text(json.dumps(about))
+    both = [tmp_path / name / "sweep" / "done" for name in ("raw", "rep")]
+    assert [r["run"] for r in tables(*both)[0]] == ["raw/sweep/done", "rep/sweep/done"]
+    # One line named "paper" would be true of one of them.
+    shown = [
+        "paper: " in p.body for found in (both, both[:1]) for block in blocks_of(*found) if isinstance(block, Figures)
+        for p in block.plots if isinstance(p, report.Plot) and p.name == "run-top1"
+    ]  # fmt: skip
+    assert shown == [False, True]
 
 
 def test_what_is_not_a_number_has_no_point(folders: Path, tmp_path: Path) -> None:

@@ -206,6 +206,15 @@ def test_a_problem_is_reported_where_it_was_written(tmp_path: Path, monkeypatch:
     assert said_of("mine.yaml").startswith("base.yaml:2 rules.a.part: unknown value 'bypas'")
 
 
+def test_an_entry_is_called_as_in_the_file_with_the_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = "  - match: {type: %s}\n    role: per_channel\n    optional: true\n"
+    (tmp_path / "base.yaml").write_text("extends: reptran\nmodules:\n" + entry % "Own")
+    mine = "extends: ./base.yaml\nmodules:\n" + entry % "Other" + "  - match: {type: Own}\n    kernel: w\n"
+    (tmp_path / "mine.yaml").write_text(mine)
+    assert said_of("mine.yaml").startswith("mine.yaml:7 modules[1].kernel: has no effect for role per_channel")
+
+
 def test_extending_nothing_and_in_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert said("extends: reptan") == [

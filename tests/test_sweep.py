@@ -104,6 +104,70 @@ def test_a_dry_run_prints_the_commands(here: Path, capsys: pytest.CaptureFixture
     assert list(here.iterdir()) == [here / "tiny.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("beta: 4,", "beta: 4, rules: nosuch.yaml,", "nosuch.yaml"),
+        ("[irnet_resnet20]", "[gone.pth]", "gone.pth: no such file"),
+        ("data: digits", "data: cifar10:nowhere", "nowhere: no such file"),
+    ],
+)
+def test_what_no_cell_could_run_with_is_said_before_there_is_a_folder(
+    old: str, new: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TEXT.replace("beta: 4, setting: β = 4,", "beta: 4,")
+    (here / "tiny.yaml").write_text(text.replace(old, new), "utf-8")
+    assert run(["sweep", "tiny.yaml"]) in (2, 3)
+    assert message in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_all_transforms_come_before_the_first_training(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What does not fit, here β = 8 with 17 channels, is told before hours of training; the rest is trained."""
+    steps: list[tuple[str, str]] = []
+
+    def instead(_: object, command: list[str], log: Path, threads: int | None) -> int:
+        steps.append((command[0], log.stem))
+        log.write_text("error: 17 channels\n")
+        return 3 if command[0] == "transform" and "seed5" in log.stem else 1
+
+    monkeypatch.setattr(sweep._Running, "run", instead)
+    assert run(["sweep", "tiny.yaml"]) == 1
+    rep, raw = "irnet_resnet20-beta-4", "irnet_resnet20-raw"
+    assert steps == [
+        ("transform", f"{rep}-seed3"), ("transform", f"{rep}-seed5"),
+        ("finetune", f"{raw}-seed3"), ("finetune", f"{raw}-seed5"),
+    ]  # fmt: skip
+    error = capsys.readouterr().err
+    assert f"{rep}-seed5: failed with exit code 3: error: 17 channels" in error
+    assert "4 of 4 cells failed" in error
+
+
+@pytest.mark.parametrize(
+    ("table", "variant", "published", "gain"),
+    [
+        ("Table 3", "{beta: 4}", 88.07, 1.57),
+        ("Table 3", "{beta: 2}", 87.59, 1.09),
+        ("Table 3", "{rules: bn-before-repeat}", None, None),
+        ("Table 4", "{rules: bn-before-repeat}", 82.74, None),
+        ("Table 7", "{beta: 2}", 87.6, 1.1),
+        ("Table 7", "{beta: 4}", None, None),
+        ("Table 2", "{last_layer: 1_over_beta}", 87.5, 1.0),
+        ("Table 3", "{rules: mine.yaml}", None, None),
+    ],
+)
+def test_a_variant_stands_beside_the_papers_figure_of_its_own_options(
+    table: str, variant: str, published: float | None, gain: float | None
+) -> None:
+    text = TEXT.replace("Table 3", table).replace("{beta: 4, setting: β = 4, set: [optimizer.lr=0.05]}", variant)
+    made = experiments.loads(text, "tiny.yaml")
+    row = sweeps._row(made, Budget("cifar10:DIR", 2), {}, "irnet_resnet20", "beta-4", "raw")
+    assert row.published == published
+    assert row.published_gain == (None if gain is None else pytest.approx(gain))
+
+
 OWN = """import torch
 from torch import nn
 from repbnn_cli.binarize import ste_sign

@@ -17,7 +17,7 @@ from train_examples import OWN_NETWORK, own_network
 import repbnn_cli
 from repbnn_cli import result, runs
 from repbnn_cli.cli import run
-from repbnn_cli.commands import training
+from repbnn_cli.commands import pupils, training
 from repbnn_cli.train import recipes, reconstruct
 
 pytest.importorskip("sklearn", reason="needs the extra `digits`")
@@ -145,6 +145,21 @@ def test_calibrate_writes_another_result(rep: Path, capsys: pytest.CaptureFixtur
     assert "running_mean" in changed
 
 
+def test_a_second_calibration_says_what_it_was_measured_on(
+    rep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = ["--batches", "1", "--fit", "0"]
+    assert run(["calibrate", str(rep), "--data", "digits", *little, "-o", "first.repbnn.pt"]) == 0
+    _folder_of_images()
+    assert run(["calibrate", "first.repbnn.pt", "--data", "folder:images", *little, "-o", "second.repbnn.pt"]) == 0
+    first, second = (result.training_of(result.read_payload(f"{name}.repbnn.pt")) for name in ("first", "second"))
+    assert (first["data"], second["data"]) == ("digits", "folder")
+    assert first["data_fingerprint"] != second["data_fingerprint"]
+    capsys.readouterr()
+    assert run(["compare", "second.repbnn.pt", "--markdown"]) == 0
+    assert "measured on folder" in capsys.readouterr().out
+
+
 VIEWS = """
 import torch
 from torch import nn
@@ -184,13 +199,17 @@ def test_a_network_that_views_its_feature_maps_is_trained_fitted_and_evaluated(
     assert "keep what they inherited" not in said
 
 
-def test_calibrate_takes_a_smaller_batch_where_there_are_few_images(rep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder_of_images() -> None:
     for part, count in (("train", 6), ("test", 2)):
         for number, label in enumerate("abcdefghij"):
             folder = Path("images", part, label)
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (32, 32), (40 * i, 20, 25 * number)).save(folder / f"{i}.png")
+
+
+def test_calibrate_takes_a_smaller_batch_where_there_are_few_images(rep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder_of_images()
     assert run(["calibrate", str(rep), "--data", "folder:images", "--batches", "1", "--fit", "0"]) == 0
 
 
@@ -271,6 +290,10 @@ def test_bad_input(
         (["own.pth", "--model", "gone.py:make", "--data", "folder:nowhere"], 3, "nowhere: no such file or folder"),
         (["own.pth", "--data", "digits", "--recipe", "irnet-cifar10-resnet20", "--set", "epoch=1"], 2, "epoch"),
         (["own.pth", "--data", "digits", "--run-dir", "begun"], 2, "begun: holds a run already"),
+        (["own.pth", "--data", "digits", "--run-dir", "own.py/run"], 2, "own.py is no folder); choose another place"),
+        (["own.pth", "--data", "digits", "--run-dir", "new", "--resume"], 2, "new: holds no run to resume"),
+        (["own.pth", "--data", "digits", "--recipe", "nosuch"], 2, "nosuch"),
+        (["own.pth", "--data", "digits", "--device", "cpu:1"], 2, "--device cpu:1: there is one CPU; expected auto"),
         (["begun", "--data", "digits"], 2, "`repbnn finetune own.pth --data 'cifar10:a b'` began; to continue"),
         (["--resume", "--run-dir", "begun"], 2, "that was `repbnn finetune own.pth --data 'cifar10:a b'`: give"),
     ],
@@ -282,6 +305,7 @@ def test_what_cannot_run_is_said_before_the_network_is_loaded(
     """own.pth, and the code that it is said to need, are not there."""
     monkeypatch.chdir(tmp_path)
     Path("begun").mkdir()
+    Path("own.py").touch()
     Path("begun/run.json").write_text("{}")
     began = {"command": ["/usr/bin/repbnn", "finetune", "own.pth", "--data", "cifar10:a b"]}
     Path("begun/environment.json").write_text(json.dumps(began))
@@ -289,6 +313,58 @@ def test_what_cannot_run_is_said_before_the_network_is_loaded(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate", "--recipe", "nosuch"], "nosuch"),
+        (["evaluate", "--compile", "perhaps"], "--compile: unknown value 'perhaps'"),
+        (["evaluate", "--data", "folder:nowhere"], "nowhere: no such file or folder"),
+        (["calibrate", "--recipe", "nosuch"], "nosuch"),
+        (["calibrate", "--device", "gpu"], "--device gpu: expected auto"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_network_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    data = [] if "--data" in command else ["--data", "digits"]
+    assert run([command[0], "own.repbnn.pt", *command[1:], *data]) in (2, 3)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_in_the_default_folder_is_met_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pupils, "dataset", lambda *_: pytest.fail("read"))
+    taken = Path("runs/irnet_resnet20-irnet-cifar10-resnet20-seed0")
+    taken.mkdir(parents=True)
+    (taken / "run.json").write_text("{}")
+    assert run(["finetune", "irnet_resnet20", "--data", "digits", "--epochs", "1"]) == 2
+    assert f"{taken}: holds a run already; --resume continues it" in capsys.readouterr().err
+
+
+def test_a_fit_that_cannot_be_is_said_before_the_data_are_read(
+    rep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pupils, "dataset", lambda *_: pytest.fail("read"))
+    command = ["finetune", str(rep), "--data", "digits", "--epochs", "1", "--spread", "0.5", "--fit", "0"]
+    assert run(command) == 2
+    assert "--spread: of inherited weights it is a part of the fit" in capsys.readouterr().err
+
+
+def test_iterations_are_not_taken_for_epochs(rep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """100 epochs of ImageNet are longer than 62 500 steps, so that there is no tip for a short run."""
+    command = ["finetune", str(rep), "--recipe", "irnet-imagenet", "--data", "digits", "--epochs", "100"]
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert "tip:" not in error
+    assert "is for imagenet" in error
 
 
 def test_a_mistyped_key_in_a_recipe_file_is_shown_with_its_place(

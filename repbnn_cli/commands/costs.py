@@ -136,8 +136,9 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
     made = profiler.profile(looked.network, looked.layers)
     accuracy, whose = None, ""
     arch = registry.ARCHS.get(looked.origin.arch or "")
-    if looked.opened is not None:
-        training = result.training_of(looked.opened.payload)
+    made_by_us = looked.opened.payload if looked.opened else looked.packed.header if looked.packed else None
+    if made_by_us is not None:
+        training = result.training_of(made_by_us)
         accuracy = result.top1_of(training)
         whose = f"measured on {training.get('measured', training).get('data', 'its data')}"
         whose += " after training it" if "recipe" in training else ""
@@ -146,7 +147,7 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
         accuracy, whose = (stated.percent, f"stated in the file ({stated.key})") if stated else (None, "")
     elif arch is not None and (published := paper.accuracy(arch)) is not None:
         accuracy, whose = published.raw, f"published for {arch.data}, RepBNN {published.table}"
-    name = Path(looked.target).name if looked.file or looked.opened else looked.target
+    name = Path(looked.target).name if looked.file or made_by_us else looked.target
     return side_by_side.Entry(
         name, looked.name, made.totals, accuracy, whose if accuracy is not None else "", made.omissions
     )

@@ -108,7 +108,8 @@ def _readable(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
                 "transformed", f"β = {options['beta']}, rules {value['rules_name']}, inherit {options['inherit']}, "
                 f"last layer {options['last_layer']}",
             )  # fmt: skip
-            yield "source", f"{value['source']['file']} (sha256 {str(value['source']['sha256'])[:12]}…)"
+            file, digest = value["source"]["file"], value["source"]["sha256"]
+            yield "source", f"{file} (sha256 {digest[:12]}…)" if digest else "a network of the zoo with fresh weights"
             yield "certificate", "passed" if passed else "FAILED"
             yield from _trained(result.training_of(value))
         elif name == "kernel zeros":

@@ -146,13 +146,14 @@ def check_once(sets: Sequence[str], options: Mapping[str, float | None]) -> None
             raise UsageError(f"{option} {value:g} and --set {name}=...: say the same twice; give one of them")
 
 
-def check_asked(data: str | None, recipe: str | None, sets: Sequence[str], *, own: bool) -> None:
+def check_asked(data: str | None, recipe: str | None, sets: Sequence[str] = (), *, own: bool) -> None:
     """What can be said of data and recipe before the network is loaded. own: it comes from code of the user's own."""
     if data is not None:
         check_there(data)
     elif own:
         raise UsageError(_NO_DATA)
-    if recipe is not None and (recipe in recipes.names() or Path(recipe).is_file()):
+    known = recipes.names()  # the start of a name is completed by the network
+    if recipe is not None and (recipe in known or not any(name.startswith(f"{recipe}-") for name in known)):
         recipes.override(recipes.load(recipe), sets)
 
 
@@ -165,10 +166,12 @@ def check_run(target: str | None, run_dir: str | None, *, resume: bool) -> None:
         )
     if run_dir is not None and not resume:
         runs.check_free(run_dir)
-    if run_dir is not None and resume and target is None and runs.is_run(run_dir) and (began := runs.begun_by(run_dir)):
-        raise UsageError(
-            f"--resume: takes what the run began with; in {run_dir} that was {began}: give it again, with --resume"
-        )
+    if run_dir is not None and resume:
+        runs.check_resumable(run_dir)
+        if target is None and (began := runs.begun_by(run_dir)):
+            raise UsageError(
+                f"--resume: takes what the run began with; in {run_dir} that was {began}: give it again, with --resume"
+            )
 
 
 def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
@@ -230,6 +233,8 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name}: {expected}") from None
+    if device.type == "cpu" and device.index:
+        raise UsageError(f"--device {name}: there is one CPU; {expected}")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"--device {name}: nothing here was made for it; {expected}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -57,6 +56,7 @@ def report(
     if layer is not None and not images:
         raise UsageError("--layer: is for feature maps; give --images as well")
     targets.check_output(output, force=force)
+    folder = None if html or as_json else _plots_folder(output, plots)
     if sweep is not None:
         others_given = {"--runs": run_folders, "--images": images, "--timestamp": timestamp, "--model": model}
         document, plain = _of_sweep(sweep, {target or "": target, **others_given})
@@ -67,8 +67,8 @@ def report(
     elif html:
         targets.deliver(room.page(document), output, force=force)
     else:
-        folder = _write_plots(document, output, plots, force=force)
-        targets.deliver(room.markdown(document, folder), output, force=force)
+        link = _write_plots(document, folder, output, force=force) if folder else None
+        targets.deliver(room.markdown(document, link), output, force=force)
 
 
 def _of_sweep(folder: str, beside: Mapping[str, object]) -> tuple[room.Document, dict[str, Any]]:
@@ -153,7 +153,7 @@ def _given(
         published=paper.accuracies(arch) if arch else (),
         published_costs=paper.costs(arch, options["beta"], options["last_layer"]) if arch else (),
         notes=payload["notes"],
-        environment={**payload["provenance"], "python": platform.python_version()},
+        environment=payload["provenance"],
         timestamp=datetime.now(UTC).isoformat(timespec="seconds") if timestamp else None,
         data=arch.data if arch else None,
         training=result.training_of(payload),
@@ -169,6 +169,7 @@ def _evidence(
     network, rep_layers = shapes.rep_network(opened.plan, opened.module)
     source, layers = opened.network.module, opened.plan.layers
     weighted = bool(opened.payload["source_tensors"])
+    standings = _standings(others, opened, model)
     inputs = _inputs(opened, places)
     if inputs.real is not None and not weighted:
         raise UsageError(
@@ -192,7 +193,7 @@ def _evidence(
         activations=(seen[1] if weighted else (), seen[0]),
         images=inputs.said,
         maps=maps,
-        others=_standings(others, opened, model),
+        others=standings,
     )
 
 
@@ -232,14 +233,23 @@ def _data(arch: str | None) -> str | None:
     return registry.ARCHS[arch].data if arch is not None and arch in registry.ARCHS else None
 
 
-def _write_plots(document: room.Document, output: str | None, plots: str | None, *, force: bool) -> str | None:
-    """Writes the drawings; the folder as the Markdown has to link to it, or None where there is none."""
+def _plots_folder(output: str | None, plots: str | None) -> Path | None:
+    """Where drawings go, None where nobody says; before any work. Raises UsageError where it cannot be made."""
     if plots is not None:
         folder = Path(plots)
     elif output is not None and _is_plain(output):
         folder = Path(output).with_name(f"{Path(output).stem}-plots")
     else:
         return None
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is no folder, as drawings want it; --plots names another")
+    if not folder.exists():
+        writing.check_output(folder)
+    return folder
+
+
+def _write_plots(document: room.Document, folder: Path, output: str | None, *, force: bool) -> str | None:
+    """Writes the drawings; the folder as the Markdown has to link to it, or None where there are none."""
     drawings = document.plots()
     if not drawings:
         return None

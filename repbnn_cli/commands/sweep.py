@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from repbnn_cli import checkpoint, report, result, runs, source, views, zoo
+from repbnn_cli import rules as rulebook
 from repbnn_cli.commands import pupils, targets
-from repbnn_cli.data import check_spec
+from repbnn_cli.data import check_spec, check_there
 from repbnn_cli.errors import RepbnnError, StoppedError, UsageError
 from repbnn_cli.runs import experiments, sweeps
 from repbnn_cli.runs.experiments import Cell, Experiment
@@ -42,7 +44,7 @@ def sweep(
     budget = Budget(data or experiment.file.data, epochs or experiment.file.epochs, tuple(sets))
     folder = Path(out) if out else Path("runs") / experiment.name
     _check(experiment, budget, device)
-    if dry_run:
+    if dry_run:  # for another computer, perhaps: the data need not be here
         steps = {cell.name: [shlex.join(("repbnn", *step)) for step in _steps(experiment, cell, budget, folder, device)]
                  for cell in cells}  # fmt: skip
         if as_json:
@@ -50,6 +52,8 @@ def sweep(
         else:
             views.print_text("\n".join(line for commands in steps.values() for line in commands))
         return
+    if not all(runs.is_run(folder / cell.name) for cell in cells):
+        check_there(budget.data)
     sweeps.begin(folder, experiment, budget)
     failed = _run_all(experiment, cells, budget, folder, jobs, device)
     read = sweeps.read(folder)
@@ -89,11 +93,15 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
                 raise UsageError(f"{made.name}: variants.{name}.{key}: has no meaning for a network that {what}")
         sets = (*variant.set, *budget.sets)
         pupils.check_once(sets, {"epochs": budget.epochs, "distillation.weight": variant.distill or None})
+        if variant.transforms:
+            rule_set = rulebook.load(variant.rules or targets.DEFAULT_RULES)
+            rule_set.with_options(variant.beta, variant.inherit, variant.last_layer)
     transforms = next((name for name, variant in made.variants.items() if variant.transforms), None)
     for network in made.networks:
         name, origin = network.checkpoint, network.origin
         arch = name if name in zoo.ARCHS else None
-        if arch is None and transforms and result.payload_in(checkpoint.load(name, key=network.key)) is not None:
+        file = checkpoint.load(name, key=network.key) if arch is None else None
+        if file is not None and transforms and result.payload_in(file) is not None:
             raise UsageError(f"{made.name}: networks: {name} is a result of `repbnn transform`, which "
                              f"variants.{transforms} would transform again; name its source")  # fmt: skip
         if origin:
@@ -191,39 +199,47 @@ class _Running:
 def _run_all(
     experiment: Experiment, cells: list[Cell], budget: Budget, folder: Path, jobs: int, device: str | None
 ) -> list[str]:
-    """Runs those cells that are not finished; the names of those that failed. Raises StoppedError after a signal."""
+    """Runs those cells that are not finished; the names of those that failed. Raises StoppedError after a signal.
+
+    All transforms come before the first training: they take seconds, and tell at once what does not fit.
+    """
     running, failed = _Running(), []
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
-    def finished(cell: Cell) -> bool:
-        return (folder / cell.name / runs.RECORD).exists() and runs.read(folder / cell.name).finished
-
-    def one(cell: Cell) -> None:
-        try:
-            trained(cell)
-        except RepbnnError as error:  # a damaged folder: the other cells go on
-            failed.append(cell.name)
-            views.say(f"{cell.name}: failed: {error}")
-
-    def trained(cell: Cell) -> None:
-        if finished(cell):
-            views.say(f"{cell.name}: finished before")
-            return
+    def succeeds(cell: Cell, step: Sequence[str]) -> bool:
         log = folder / sweeps.LOGS / f"{cell.name}.log"
-        if not running.stopped:
+        code = running.run(step, log, threads)
+        if code and not running.stopped:
+            failed.append(cell.name)
+            views.say(f"{cell.name}: failed with exit code {code}: {_last_line(log)}")
+        return not code
+
+    def transform(cell: Cell) -> None:
+        if not _finished(folder, cell):
+            for step in _steps(experiment, cell, budget, folder, device)[:-1]:
+                succeeds(cell, step)
+
+    def train(cell: Cell) -> None:
+        if _finished(folder, cell):
+            views.say(f"{cell.name}: finished before")
+        elif cell.name not in failed and not running.stopped:
             views.say(f"{cell.name}: begins")
-        for step in _steps(experiment, cell, budget, folder, device):
-            if code := running.run(step, log, threads):
-                if not running.stopped:
-                    failed.append(cell.name)
-                    views.say(f"{cell.name}: failed with exit code {code}: {_last_line(log)}")
-                return
-        views.say(f"{cell.name}: {runs.read(folder / cell.name).best_top1:.2f} % best top-1")
+            if succeeds(cell, _steps(experiment, cell, budget, folder, device)[-1]):
+                views.say(f"{cell.name}: {runs.read(folder / cell.name).best_top1:.2f} % best top-1")
+
+    def guarded(work: Callable[[Cell], None], cell: Cell) -> None:
+        try:
+            work(cell)
+        except (RepbnnError, OSError) as error:  # a damaged folder: the other cells go on
+            if cell.name not in failed:
+                failed.append(cell.name)
+                views.say(f"{cell.name}: failed: {error}")
 
     before = {n: signal.signal(n, running.stop) for n in stopping()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, cells))
+            for work in (transform, train):
+                list(pool.map(partial(guarded, work), cells))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -232,6 +248,10 @@ def _run_all(
             f"{folder}: stopped; the same command continues, runs that had begun from their states", running.stopped
         )
     return failed
+
+
+def _finished(folder: Path, cell: Cell) -> bool:
+    return runs.is_run(folder / cell.name) and runs.read(folder / cell.name).finished
 
 
 def _last_line(log: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,8 @@ class Examined:
 
     @property
     def name(self) -> str:
-        return f"Rep-{self.origin.name}" if self.opened else self.origin.name
+        rep = self.opened or (self.packed and self.packed.header["rules"])
+        return f"Rep-{self.origin.name}" if rep else self.origin.name
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -192,9 +194,17 @@ def _as_option(value: Any) -> str:
 
 
 def check_output(output: str | Path | None, *, force: bool) -> None:
-    """Early, before any work: the place can be written. The folder checkpoints/ is made when there is a result."""
-    if output is not None and (isinstance(output, str) or output.parent.is_dir()):
+    """Early, before any work: the place can be written. A Path is a default, whose folder is made when there is a
+    result."""
+    if output is None:
+        return
+    if isinstance(output, str) or output.parent.is_dir():
         writing.check_output(output, force=force)
+    elif output.parent.exists():
+        raise UsageError(f"{output.parent}: is no folder, as results want it; move it, or name the result with -o")
+    elif not os.access(output.parent.parent, os.W_OK | os.X_OK):
+        above = output.parent.absolute().parent
+        raise UsageError(f"{output.parent}: cannot be made, as {above} is not writable; name the result with -o")
 
 
 def deliver(text: str, output: str | None, *, force: bool) -> None:

@@ -62,6 +62,7 @@ def finetune(
     chosen = _recipe(pupil, recipe, epochs=epochs, sets=[*sets, *weight], stages=stages, spread=bool(spread))
     lesson = pupils.teacher_of(pupil, chosen, file=teacher, arch=teacher_arch, model=teacher_model, distill=distill)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{pupil.name}-{chosen.name}-seed{seed}"
+    (runs.check_resumable if resume else runs.check_free)(folder)
     prepare = _spreading(pupil, spread) if spread and not pupil.inherited else None
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined(pupils.device_of(device)))
@@ -69,6 +70,10 @@ def finetune(
         running = backends.choose(place, backend, gradients)
         backends.check(pupil.network, backend, gradients)
         views.say(*backends.lines(pupil.network, running, ranks))
+        if pupil.inherited and (calibrate or fit or spread or latents is not None):
+            prepare = _preparation(
+                pupil, batches=calibrate, fit=fit, spread=spread, latents=latents, alone=ranks.size == 1
+            )
         with ranks.first_before_others():
             dataset = pupils.dataset(data, pupil.origin)
         views.say(*run_views.stage_lines([(s.name, s.total, s.unit, s.kernels, s.hands_over) for s in chosen.stages]))
@@ -76,10 +81,6 @@ def finetune(
         watcher = run_views.watcher(lengths) if ranks.first else None
         stack.enter_context(watcher or nullcontext())
         log = stack.enter_context(scalars(folder / "tensorboard")) if tensorboard and ranks.first else None
-        if pupil.inherited and (calibrate or fit or spread or latents is not None):
-            prepare = _preparation(
-                pupil, batches=calibrate, fit=fit, spread=spread, latents=latents, alone=ranks.size == 1
-            )
         outcome = engine.finetune(
             pupil.network, dataset, chosen, folder, seed=seed, device=place, resume=resume, teacher=lesson, ranks=ranks,
             prepare=prepare, package=pupil.package(),
@@ -115,7 +116,7 @@ def _recipe(
         return chosen
     stage = chosen.stages[0]
     rate_given = any(change.partition("=")[0].endswith("optimizer.lr") for change in sets)
-    short = stage.total >= _SHORT * epochs and not pupil.trained
+    short = stage.unit == "epochs" and stage.total >= _SHORT * epochs and not pupil.trained
     learned = pupil.inherited or bool(pupil.prepared)  # fresh kernels may have been fitted to the source, too
     if short and pupil.beta is not None and not learned and not spread:
         views.say("tip: a RepBNN learns slowly from scratch at first; a short run gains from --spread 0.75")
@@ -167,9 +168,11 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Accuracy and loss on the test images, on fused kernels where a backend has them. origin: see `pupils.load`."""
     where = pupils.device_of(device)
+    compiled.check_mode(compile_mode)
     memory.keep_freed(where)
     # int8 is not what auto means here: it rounds scaled sums once, torch many times, and published logits are torch's.
     chosen = choose(where) if backend == "auto" else backends.choose(where, backend)
+    pupils.check_asked(data, recipe, own=origin["model"] is not None)
     pupil = pupils.load(target, **origin)
     if pupil.fresh:
         raise UsageError(f"{target}: a zoo name has no trained weights to evaluate; name a checkpoint or a result")
@@ -202,6 +205,8 @@ def calibrate(
     path = Path(targets.result_or_newest(target))
     place = Path(output) if output else _calibrated(path)
     writing.check_output(place, force=force)
+    where = pupils.device_of(device)
+    pupils.check_asked(data, recipe, own=model is not None)
     pupil = pupils.load(str(path), model=model)
     if pupil.opened is None:
         raise UsageError(f"{path}: is not a result of `repbnn transform`; only results are calibrated")
@@ -210,7 +215,6 @@ def calibrate(
     prepare = _preparation(pupil, batches=batches, fit=fit, spread=spread, latents=latents, images=images)
     dataset = pupils.dataset(data, pupil.origin)
     chosen = pupils.recipe_of(pupil, recipe)
-    where = pupils.device_of(device)
     memory.keep_freed(where)
     networks = [pupil.network.to(where), *([prepare.plan.network.module.to(where)] if prepare.plan else [])]
     last = feeds.takes_channels_last(dataset, where, *networks)
@@ -225,8 +229,9 @@ def calibrate(
     found = _measured(pupil, chosen, dataset, where)
     tensors = {n: t.cpu() for n, t in pupil.network.state_dict().items()}
     earlier = pupil.training
+    now = {"recipe_text": chosen.text, "data": dataset.name, "data_fingerprint": dataset.fingerprint}
     about = {
-        "recipe_text": chosen.text, "data": dataset.name, "data_fingerprint": dataset.fingerprint, **earlier,
+        **({**now, **earlier} if pupil.trained else {**earlier, **now}),  # what it was trained on stays
         "inherited": {**pupil.prepared, **inherited}, "top1": found.top1,
         "data_notes": list(dict.fromkeys((*earlier.get("data_notes", []), *dataset.notes))),
     }  # fmt: skip

@@ -133,7 +133,7 @@ def _columns(recipe: Columns) -> str:
 
 
 # What an edit does: in a sentence, and as a remark beside a module's name.
-_COPIES = ("{beta} times as many channels; each copy starts from the source channel's values", "{sizes}")
+_COPIES = ("{beta} times as many channels; {start}", "{sizes}")
 _EDITS = {
     "repeat_output": (
         "its kernel stays; its output is repeated β = {beta} times along the channels, so that all behind it sees "
@@ -162,7 +162,7 @@ _EDITS = {
     "select_inputs": ("ends the expansion: takes {features} features and gives as many outputs as before", "{sizes}"),
 }
 _BEFORE_THE_REPEAT = (
-    "stands before the repeat: one entry for each convolution channel, the mean of those that share it",
+    "stands before the repeat: one entry for each convolution channel; {start}",
     "before the repeat, {sizes}",
 )
 
@@ -170,11 +170,13 @@ _BEFORE_THE_REPEAT = (
 def what_happens(edit: ModuleEdit, beta: int, *, general: bool = False, brief: bool = False) -> str:
     """An edit in a sentence; general: of all modules treated alike; brief: as a remark beside its name."""
     texts = _EDITS[edit.action]
+    start = "each copy starts from the source channel's values"
     if texts is _COPIES and any(isinstance(recipe, Mean) for _, recipe in edit.tensors):
-        texts = _BEFORE_THE_REPEAT
+        texts, start = _BEFORE_THE_REPEAT, "the mean of those that share it"
     return texts[brief].format(
         beta=beta,
         squared=beta * beta,
+        start="a fresh start (inherit: none)" if edit.reset else start,
         sizes=f"{compact_shape(edit.before)} → {compact_shape(edit.after)}",
         kernel="" if general else f" with the kernel {compact_shape(edit.after)}",
         features="the expanded" if general or edit.channels is None else edit.channels[0],

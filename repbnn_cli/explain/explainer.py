@@ -250,7 +250,11 @@ class Explainer:
                 state = self._state(source)
                 if action == "first_replica":
                     state = None
-                elif action not in ("", "per_replica") and (isinstance(state, Folded) or (state and last)):  # unfolded
+                elif (
+                    action not in ("", "per_replica")
+                    and not (layer and layer.per_replica)
+                    and (isinstance(state, Folded) or (state and last))
+                ):  # unfolded
                     state = plain(value.shape[-1 if last else 1], self.plan.beta)
                 yield channel_map(state, tuple(value.shape[1:]), value.ndim - 2 if last else 0)
 

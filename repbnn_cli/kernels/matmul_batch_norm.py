@@ -56,10 +56,14 @@ class _RepBatchNorm(torch.autograd.Function):
         var, mean = torch.var_mean(pixels, 0, correction=0)
         inverse = (var + eps).rsqrt()
         normalised = (pixels - mean) * inverse
-        values = torch.addmm(bias, normalised, _copying(weight, x.shape[1]))
+        # Not a view: a forward may write into it (`out += x`), which autograd refuses for views of a function's own.
+        samples, channels, *size = x.shape
+        shape = (samples, len(weight), *size)
+        values = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        torch.addmm(bias, normalised, _copying(weight, channels), out=_pixels(values))
         ctx.save_for_backward(normalised, inverse, weight)
         ctx.mark_non_differentiable(mean, var)
-        return _image(values, x), mean, var
+        return values, mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:

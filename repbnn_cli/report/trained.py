@@ -54,9 +54,13 @@ def runs(records: Sequence[RunRecord]) -> Iterator[Block]:
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
-    """The folders' names, with the folder above where two are alike."""
-    names = [r.path.name for r in records]
-    return [n if names.count(n) == 1 else f"{r.path.parent.name}/{n}" for n, r in zip(names, records, strict=True)]
+    """The folders' names, with as many folders above as it takes to tell them apart."""
+    paths = [r.path.absolute().parts for r in records]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len({*names}) == len({*paths}):
+            return names
+    return []
 
 
 def _row(name: str, record: RunRecord) -> tuple[Line, ...]:
@@ -111,8 +115,11 @@ def _named(name: str) -> Value:
 
 def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]:
     both = len(records) > 1
-    published = [r.reached[-1].published for r in records if r.reached]
-    target = next(((f"paper: {value:g}", value) for value in published if value is not None), None)
+    # One line for all runs: where the paper has several figures for them, the table tells whose is whose.
+    published = {r.reached[-1].published for r in records if r.reached} - {None}
+    target = next(
+        ((f"paper: {value:g}", value) for value in published if value is not None and len(published) == 1), None
+    )
 
     def curves(*parts: tuple[str, Value]) -> list[Curve]:
         found = []

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from repbnn_cli.errors import RulesError
 from repbnn_cli.rules.rule_models import ACTIONS_OF, CONVOLUTIONS, REPEATING, ModuleMatch, Options, RuleFile
-from repbnn_cli.rules.yaml_marks import Document, Problem, complain, nearest, printable, read, text_of, validate
+from repbnn_cli.rules.yaml_marks import Document, Problem, complain, dotted, nearest, printable, read, text_of, validate
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,35 @@ class Written(NamedTuple):
     depth: int
 
 
+class Head(NamedTuple):
+    """Where a file begins to speak of an entry, and what the entry is called there: rules.NAME, modules[0]."""
+
+    file: str
+    line: int
+    key: str
+
+
 @dataclass
 class Entry:
-    """A rule or a module entry put together from the files of a chain. heads: depth → where its name stands there."""
+    """A rule or a module entry put together from the files of a chain. heads: by depth in the chain."""
 
-    label: str
     keys: dict[str, Written] = field(default_factory=dict)
-    heads: dict[int, tuple[str, int]] = field(default_factory=dict)
+    heads: dict[int, Head] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
         return {key: written.value for key, written in self.keys.items()}
 
     def where(self, *deciding: str) -> str:
         """`file:line` of its name in the last file that wrote one of the deciding keys."""
-        file, line = self.heads[max(self.keys[key].depth for key in deciding)]
-        return f"{file}:{line}"
+        head = self.heads[max(self.keys[key].depth for key in deciding)]
+        return f"{head.file}:{head.line}"
+
+    def problem(self, text: str, key: str | None = None) -> Problem:
+        """With one of its keys, or with the entry as the last file has it."""
+        if key is None:
+            return Problem(*self.heads[max(self.heads)], text)
+        written = self.keys[key]
+        return Problem(written.file, written.line, f"{self.heads[written.depth].key}.{key}", text)
 
 
 @dataclass
@@ -118,15 +132,15 @@ def resolve(source: Source) -> Whole:
         if "options" in file.model_fields_set:
             options |= {key: getattr(file.options, key) for key in file.options.model_fields_set}
         for name, rule in (file.rules or {}).items():
-            _add(rules.setdefault(name, Entry(f"rules.{name}")), document, ("rules", name), rule, depth)
+            _add(rules.setdefault(name, Entry()), document, ("rules", name), rule, depth)
         for i, module in enumerate(file.modules):
-            entry = modules.setdefault(module.match, Entry(f"modules[{i}]"))
+            entry = modules.setdefault(module.match, Entry())
             if depth in entry.heads:
-                first = entry.heads[depth][1]
+                first = entry.heads[depth].line
                 problems.append(document.problem(("modules", i), f"has the match of line {first} again; join the two"))
             _add(entry, document, ("modules", i), module, depth)
     for name, entry in rules.items():
-        problems += _check_rule(entry, [other for other in rules if other != name])
+        problems += _check_rule(name, entry, [other for other in rules if other != name])
     for entry in modules.values():
         problems += _check_module(entry)
     document, file = links[-1]
@@ -159,7 +173,7 @@ def _chain(source: Source) -> list[tuple[Document, RuleFile]]:
 
 
 def _add(entry: Entry, document: Document, at: tuple[str | int, ...], model: Any, depth: int) -> None:
-    entry.heads[depth] = (document.file, document.line(at))
+    entry.heads[depth] = Head(document.file, document.line(at), dotted(at))
     for key in model.model_fields_set:
         entry.keys[key] = Written(getattr(model, key), document.file, document.line((*at, key)), depth)
 
@@ -181,20 +195,11 @@ def _remove(rules: dict[str, Entry], document: Document, file: RuleFile) -> list
 # What only the whole can show
 
 
-def _check_rule(entry: Entry, others: list[str]) -> list[Problem]:
+def _check_rule(name: str, entry: Entry, others: list[str]) -> list[Problem]:
     missing = [key for key in ("part", "match", "apply") if key not in entry.keys]
     if missing:
-        file, line = entry.heads[max(entry.heads)]
-        name = entry.label.removeprefix("rules.")
-        return [
-            Problem(
-                file,
-                line,
-                entry.label,
-                f"has no {', '.join(missing)}; expected part, match and apply, or the name of an inherited rule"
-                f"{nearest(name, others)}",
-            )
-        ]
+        text = f"has no {', '.join(missing)}; expected part, match and apply, or the name of an inherited rule"
+        return [entry.problem(text + nearest(name, others))]
     problems: list[Problem] = []
     apply, match = entry.keys["apply"], entry.keys["match"]
     for key, actions in (("repeat", REPEATING), ("share", ("select_inputs",)), ("align", ("tile",))):
@@ -204,9 +209,10 @@ def _check_rule(entry: Entry, others: list[str]) -> list[Problem]:
     for role in match.value.role:
         if apply.value not in ACTIONS_OF[role]:
             later = max(match, apply, key=lambda written: written.depth)
+            label = f"{entry.heads[later.depth].key}.apply"
             fitting = ", ".join(ACTIONS_OF[role])
             text = f"{apply.value} does not fit role {role}; expected one of {fitting}"
-            problems.append(Problem(later.file, later.line, f"{entry.label}.apply", text))
+            problems.append(Problem(later.file, later.line, label, text))
     return problems
 
 
@@ -214,8 +220,7 @@ def _check_module(entry: Entry) -> list[Problem]:
     role = entry.keys["role"].value if "role" in entry.keys else None
     problems: list[Problem] = []
     if role is None and "leaf" not in entry.keys:
-        file, line = entry.heads[max(entry.heads)]
-        problems.append(Problem(file, line, entry.label, "says nothing about its modules; expected a role or a leaf"))
+        problems.append(entry.problem("says nothing about its modules; expected a role or a leaf"))
     for key in ("kernel", "kernel_shape", "weight_bits", "activation_bits", "per_channel", "attributes"):
         if key not in entry.keys:
             continue
@@ -238,4 +243,4 @@ def _settle(entry: Entry, key: str, decider: str, text: str) -> list[Problem]:
     if deciding and written.depth < deciding.depth:
         del entry.keys[key]
         return []
-    return [Problem(written.file, written.line, f"{entry.label}.{key}", text)]
+    return [entry.problem(text, key)]

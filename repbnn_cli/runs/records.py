@@ -15,8 +15,8 @@ from typing import Any
 
 from repbnn_cli.errors import CheckpointError, UsageError
 
-RECORD, ENVIRONMENT, RECIPE, METRICS, TIMING = (
-    "run.json", "environment.json", "recipe.yaml", "metrics.jsonl", "timing.jsonl",
+RECORD, ENVIRONMENT, RECIPE, METRICS, TABLE, TIMING = (
+    "run.json", "environment.json", "recipe.yaml", "metrics.jsonl", "metrics.csv", "timing.jsonl",
 )  # fmt: skip
 _DAMAGED = "the run's folder was changed or damaged"
 
@@ -179,9 +179,24 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
 
 
 def check_free(folder: str | os.PathLike[str]) -> None:
-    """Raises UsageError where a new run would meet another one."""
-    if is_run(folder):
+    """Raises UsageError where a new run would meet another one, or what is no folder."""
+    path = Path(folder)
+    if is_run(path):
         raise UsageError(f"{folder}: holds a run already; --resume continues it, or give another folder")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not writable" if there.is_dir() else "is no folder"
+        raise UsageError(f"{folder}: cannot be a run's folder ({there} {why}); choose another place")
+    logs = (path / name for name in (METRICS, TABLE, TIMING))
+    left = [place for place in (*logs, *(path / "checkpoints").glob("*.pt")) if place.exists()]
+    if left:  # a state of another run would pass for the new one's
+        raise UsageError(f"{left[0]}: is of a run that is gone; remove it, or give another folder")
+
+
+def check_resumable(folder: str | os.PathLike[str]) -> None:
+    """Raises UsageError where there is no run to go on with."""
+    if not is_run(folder):
+        raise UsageError(f"{folder}: holds no run to resume; start one without --resume")
 
 
 def begun_by(folder: str | os.PathLike[str]) -> str | None:

@@ -20,11 +20,13 @@ from pathlib import Path
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, UsageError
+from repbnn_cli.paper import Accuracy
 from repbnn_cli.runs import experiments
 from repbnn_cli.runs import records as runs
-from repbnn_cli.runs.experiments import Cell, Experiment
+from repbnn_cli.runs.experiments import Cell, Experiment, Variant
 from repbnn_cli.runs.records import RunRecord
 from repbnn_cli.writing import atomic_write_text
+from repbnn_cli.zoo import Arch
 
 EXPERIMENT, BUDGET, STARTS, LOGS = "experiment.yaml", "budget.json", "starts", "logs"
 
@@ -163,7 +165,7 @@ def _row(
     arch = zoo.ARCHS.get(network)
     if arch is not None and not paper.same_data(arch.data, budget.data.partition(":")[0]):
         arch = None
-    stated = paper.row(arch, table, variant.setting) if arch is not None and table else None
+    stated = _stated(arch, table, variant) if arch is not None and table else None
     published = None if stated is None else stated.rep if variant.transforms else stated.raw
     gain = None
     if stated is not None and variant.transforms and None not in (stated.raw, stated.rep):
@@ -174,6 +176,18 @@ def _row(
     last = [run.last_top1 for run in finished.values() if run.last_top1 is not None]
     return Row(network, name, variant.transforms, len(cells), tuple(of_seed.values()), _over_seeds(best),
                _over_seeds(last), _over_seeds(gains), published, gain)  # fmt: skip
+
+
+def _stated(arch: Arch, table: str, variant: Variant) -> Accuracy | None:
+    """The network's row in the paper's table that a variant is, by the setting it names or by its options.
+
+    The first row of every table has the paper's defaults, and the source network's figure, which all rows share.
+    """
+    if variant.setting is not None or not variant.transforms:
+        return paper.row(arch, table, variant.setting)
+    own = paper.setting(variant.beta or 2, variant.last_layer or "all", variant.rules or "reptran")
+    default = paper.setting(2, "all", "reptran")
+    return None if own is None else paper.row(arch, table, None if own == default else own)
 
 
 def _over_seeds(values: Sequence[float]) -> OverSeeds | None:

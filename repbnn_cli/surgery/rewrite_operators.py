@@ -201,14 +201,25 @@ class OperatorWalk(OperandWalk):
             self._refuse(node, f"failed on a random input ({type(error).__name__}: {error})", "declare what it is")
         what = node.target if node.op == "call_module" else operator_name(node)
         if node.target in CALLED_CONVOLUTIONS:
+            ends = ", ".join(f'"{path}"' for path in self._ending(node))
             self._refuse(
                 node, f"{what} applies a kernel that is computed from the input; a RepConv is made from one kernel "
-                "for all inputs", "give this layer a kernel of its own",
+                "for all inputs", "give this layer a kernel of its own; or, where it stands at the end, as in a "
+                "tracker, give it one replica of what it takes (rule file: `rules: {end: {part: last_layer, match: "
+                f"{{path: [{ends}]}}, apply: select_inputs, share: 1_over_beta}}}}`)",
             )  # fmt: skip
         return self._refuse(
             node, f"{what} mixes channels in a way that is not known", "write it with torch functions, or as a module "
             "whose role a rule file declares",
         )  # fmt: skip
+
+    def _ending(self, node: fx.Node) -> list[str]:
+        """Paths of what would end the expansion before a node takes anything expanded."""
+        found = []
+        for operand in self._expanded(node):
+            folded = isinstance(self._made[operand].state, Folded)
+            found += self._ending(operand) if folded and not unfoldable(operand, self.network) else [subject_of(node)]
+        return list(dict.fromkeys(found))
 
     def _takes_tiled(
         self, node: fx.Node, run: Callable[..., Any], varied: list[fx.Node], held: dict[fx.Node, Any]

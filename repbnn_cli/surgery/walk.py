@@ -126,7 +126,7 @@ class Walk:
                     self._refuse(
                         node, f"{operator_name(node)} leaves batch and channels elsewhere than in the first two axes, "
                         "but channels are needed here", "keep the batch first, or give it one replica (rule file: "
-                        f"`match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta`)",
+                        f'`match: {{path: "{subject_of(node)}"}}, apply: select_inputs, share: 1_over_beta`)',
                     )  # fmt: skip
                 made.tiled = self._by_rows(rep_layers.unfold, made.node, node)
             else:
@@ -197,7 +197,7 @@ class Walk:
             layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
             channels = node.meta["value"].shape[1]
             if layer is None or "select_inputs" in ACTIONS_OF[layer.role]:
-                one = (f"a rule with `match: {{path: {subject_of(node)}}}, apply: select_inputs, share: 1_over_beta` "
+                one = (f'a rule with `match: {{path: "{subject_of(node)}"}}, apply: select_inputs, share: 1_over_beta` '
                        "gives one replica, ")  # fmt: skip
             elif self._map(node).first == tuple(range(channels)):
                 one = f"`[:, :{channels}]` of it is one replica, "

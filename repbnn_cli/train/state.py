@@ -31,12 +31,22 @@ from torch import Tensor, nn
 
 from repbnn_cli import paper, zoo
 from repbnn_cli.errors import CheckpointError, RepbnnError, UsageError
-from repbnn_cli.runs import ENVIRONMENT, METRICS, RECIPE, RECORD, TIMING, check_free, json_object, states
+from repbnn_cli.runs import (
+    ENVIRONMENT,
+    METRICS,
+    RECIPE,
+    RECORD,
+    TABLE,
+    TIMING,
+    check_free,
+    check_resumable,
+    json_object,
+    states,
+)
 from repbnn_cli.train.recipes import Recipe
 from repbnn_cli.writing import atomic_write_text, save
 
 FORMAT, VERSION = "repbnn-run", 3
-TABLE = "metrics.csv"
 COLUMNS = (
     "stage", "epoch", "step", "lr", "t", "k", "tau", "loss", "train_top1", "test_loss", "test_top1", "test_top5",
     "best_top1", "flips", "dead",
@@ -65,8 +75,8 @@ class Run:
         self._lock: int | None = None
 
     def __enter__(self) -> Run:
-        if self.resume and not (self.path / RECORD).exists():
-            raise UsageError(f"{self.path}: holds no run to resume; start one without --resume")
+        if self.resume:
+            check_resumable(self.path)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -95,10 +105,6 @@ class Run:
         record = self.path / RECORD
         if not self.resume:
             check_free(self.path)
-            logs = (self.path / name for name in (METRICS, TABLE, TIMING))
-            left = [path for path in (*logs, *self.checkpoints.glob("*.pt")) if path.exists()]
-            if left:  # a state of another run would pass for this one's
-                raise UsageError(f"{left[0]}: is of a run that is gone; remove it, or give another folder")
             atomic_write_text(self.path / RECIPE, recipe, force=True)
             atomic_write_text(self.path / ENVIRONMENT, _json(environment, indent=2), force=True)
             atomic_write_text(record, _json(fingerprint, indent=2))  # last: from here on there is a run to resume

@@ -39,7 +39,7 @@ def console(*, error: bool = False) -> Console:
     """Standard output for results, standard error for messages; plain and 80 columns wide when not a terminal."""
     stream = sys.stderr if error else streams.results()
     width = None if stream.isatty() else 80
-    return Console(file=stream, highlight=False, markup=False, width=width)
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 def say(*lines: str) -> None:
@@ -88,7 +88,9 @@ def print_text(text: str) -> None:
 def rendered(renderable: RenderableType, width: int) -> str:
     """A table as text of a given width, with colours only on a terminal."""
     colours = streams.results().isatty()
-    target = Console(file=io.StringIO(), width=width, highlight=False, markup=False, force_terminal=colours)
+    target = Console(
+        file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False, force_terminal=colours
+    )
     with target.capture() as capture:
         target.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
