@@ -12,13 +12,16 @@ from repbnn_cli.errors import RepbnnError, UsageError
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a forward; a network with a teacher inside returns (logits, teacher logits)."""
+    """The logits of a forward, the first of a tuple or what a dict calls so."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     logits = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(logits, Tensor):
         keys = f" ({', '.join(map(str, logits))})" if isinstance(logits, Mapping) else ""
         raise UsageError(
-            f"the network's output is a {type(logits).__name__}{keys}; expected logits, or a tuple that begins with "
-            "them: return them from a class around it, and name that with --model"
+            f"the network's output is a {type(logits).__name__}{keys}; expected logits, a tuple that begins with "
+            "them, or a dict that calls them logits: return that from a subclass, whose tensors keep their names, and "
+            "name it with --model"
         )
     return logits.float()
 
@@ -32,9 +35,11 @@ def checked_logits(forward: Callable[[Tensor], object], images: Tensor, classes:
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         size = "x".join(map(str, images.shape[1:]))
         text = " ".join(str(error).split())[:200]
+        one = images.shape[1] == 3 and "to have 1 channels" in text
+        grey = f"; --input-size 1x{'x'.join(map(str, images.shape[2:]))} makes its images grey" if one else ""
         raise UsageError(
             f"the {name} does not run on the data's images of {size} ({type(error).__name__}: {text}); choose the data "
-            "set that it was made for"
+            f"set that it was made for{grey}"
         ) from error
     logits = logits_of(output)
     if logits.ndim != 2:

@@ -117,7 +117,9 @@ def from_file(
         checkpoint.check_finite(file.tensors, path)
         user_model.load_weights(network, file.tensors, prefix=file.prefix, path=path)
         origin = Origin(None, model, parse_args(model_args), None, parse_input_size(input_size))
-        return Source(network, origin, file, f"built by {model}", file.notes, rest)
+        sizes = ",".join("x".join(map(str, shape)) for shape in origin.input_shape)
+        taken = f" for {sizes}" + " (assumed; --input-size says another)" * (input_size is None)
+        return Source(network, origin, file, f"built by {model}{taken}", file.notes, rest)
     found = identify.resolve(file, arch)
     with torch.device("meta"):
         network = zoo.build(found.arch, found.num_classes)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from repbnn_cli.data.batches import MEAN, STD, Batches, Normaliser, eval_batches, generator_for
-from repbnn_cli.data.splits import Split
+from repbnn_cli.data.splits import Split, grey
 from repbnn_cli.errors import UsageError
 
 
@@ -17,6 +19,14 @@ def split_of(count: int, height: int = 6, width: int = 5) -> Split:
     """Noise; the label of an image is its number."""
     images = torch.randint(1, 256, (count, 3, height, width), generator=generator_for(count), dtype=torch.uint8)
     return Split(images, torch.arange(count))
+
+
+def test_grey_is_what_pillow_makes_of_an_image_and_the_value_of_equal_channels() -> None:
+    images = split_of(4, 30, 40).images
+    expected = [np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")) for image in images]
+    assert torch.equal(grey(images)[:, 0], torch.from_numpy(np.stack(expected)))
+    same = images[:, :1].expand(-1, 3, -1, -1)
+    assert torch.equal(grey(same), images[:, :1])
 
 
 def reference(image: Tensor, top: int, left: int, flip: bool, pad: int) -> Tensor:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import train_examples
@@ -457,6 +458,33 @@ def test_images_in_folders_are_a_feed_too(tmp_path: Path) -> None:
         engine.finetune(tiny(classes=2), folders, made, tmp_path / "again", on_step=stop, **again)
     engine.finetune(tiny(classes=2), folders, made, tmp_path / "again", resume=True, **again)
     assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+def test_a_network_of_one_channel_gets_grey_images_from_folders_and_from_memory(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for number, label in enumerate("ab"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for index in range(2):
+                pixels = np.full((40, 40), 60 * number + 20 * index, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / label / f"{index}.png")
+    changes = ["augmentation=none", "batch=2", "mean=[0.1, 0.2, 0.3]", "std=[0.5, 0.5, 0.5]"]
+    for kind in ("folder", "imagenet"):
+        wanted = [*changes, f"data={kind}", *(["augmentation=imagenet"] if kind == "imagenet" else [])]
+        header = recipes.override(recipe(), wanted).header
+        colours = data.open_data(f"{kind}:{tmp_path}")
+        found, plain = (
+            feeds.open_feed(which, header, seed=0, device=torch.device("cpu"), workers=0)
+            for which in (colours.in_grey(), colours)
+        )
+        images, labels = (torch.cat(parts) for parts in zip(*found.test(), strict=True))
+        size = 40 if kind == "folder" else 224
+        assert images.shape == (4, 1, size, size)
+        values = torch.tensor([0.0, 20, 60, 80]) / 255
+        assert torch.allclose(images[:, 0, 0, 0], (values - 0.2) / 0.5, atol=1e-6)  # by the mean of the three means
+        assert labels.tolist() == [0, 0, 1, 1]
+        assert next(iter(found.train.epoch(0)))[0].shape == (2, 1, size, size)
+        assert found.example.shape[1] == 1
+        assert plain.example.shape[1] == 3
 
 
 def test_images_that_cannot_be_read_are_named_to_whoever_listens(tmp_path: Path) -> None:

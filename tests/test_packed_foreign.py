@@ -51,6 +51,29 @@ class SignsAlone(nn.Conv2d):
         return F.conv2d(x.sign(), self.weight.sign(), None, 1, 1)
 
 
+class ScaledByFanIn(nn.Conv2d):
+    """A learned gain for each filter over √fan-in, as with standardised weights."""
+
+    def __init__(self, *sizes: int, **options: bool | int) -> None:
+        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+        self.gain = nn.Parameter(torch.rand(sizes[1], 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)).sign() * self.gain
+        return F.conv2d(x.sign(), kernel / self.weight[0].numel() ** 0.5, None, 1, 1)
+
+
+class Halved(nn.Conv2d):
+    """One number for all filters, which stands in the code alone."""
+
+    def __init__(self, *sizes: int, **options: bool | int) -> None:
+        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+        self.gain = nn.Parameter(torch.rand(sizes[1], 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.sign(), 0.3 * self.weight.sign(), None, 1, 1) * self.gain
+
+
 class Net(nn.Module):
     def __init__(self, kind: type[nn.Conv2d], groups: int = 1) -> None:
         super().__init__()
@@ -113,6 +136,14 @@ def rows_and_columns() -> nn.Module:
     return Net(RowsAndColumns)
 
 
+def scaled_by_fan_in() -> nn.Module:
+    return Net(ScaledByFanIn)
+
+
+def halved() -> nn.Module:
+    return Net(Halved)
+
+
 def signs_alone() -> nn.Module:
     return Net(SignsAlone)
 
@@ -120,7 +151,7 @@ def signs_alone() -> nn.Module:
 @pytest.mark.parametrize("beta", [1, 2, 4])
 @pytest.mark.parametrize(
     "make",
-    [behind, behind_depthwise, rows_and_columns, signs_alone, *CALLS.values()],
+    [behind, behind_depthwise, rows_and_columns, scaled_by_fan_in, halved, signs_alone, *CALLS.values()],
     ids=lambda m: m.args[0] if isinstance(m, partial) else m.__name__,
 )
 def test_a_packed_network_computes_what_the_network_does(
@@ -148,6 +179,9 @@ def test_a_packed_network_computes_what_the_network_does(
     scales = {path: kernel["scale"] for path, kernel in made.header["kernels"].items()}
     if make is signs_alone:
         assert all(s is None or bool((made.tensors[s] == 1).all()) for s in scales.values())
+    if make in (scaled_by_fan_in, halved):  # learned scales are no second time in the file
+        assert scales["conv1"] == ("conv1.gain" if make is scaled_by_fan_in else None)
+        assert made.data_bytes == packed_bytes(network, layers)
     if make is behind:  # as docs/packed-format.md has it: bits times scale is what the layer applies
         bits = packed.from_bits(made.tensors["conv1.kernel_bits"], tuple(made.header["kernels"]["conv1"]["shape"]))
         kernel = bits * made.tensors[scales["conv1"]].view(-1, 1, 1, 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import networks
 import pytest
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from repbnn_cli import channels, profiler, surgery, zoo
 from repbnn_cli.graph import capture
+from repbnn_cli.graph.interception import interceptable
 from repbnn_cli.plan import Plan
 from repbnn_cli.profiler import LayerCost, Profile, counting, shapes
 from repbnn_cli.recognize import recognize
@@ -318,6 +320,52 @@ class Spectral(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.fft(x.flatten(1).view(x.size(0), -1)).real
+
+
+class OwnSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class Binarises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        slope = torch.tanh(2 * x)
+        return x.sign().detach() - slope.detach() + slope
+
+
+class Doubles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def test_a_function_of_the_users_own_that_binarises_is_a_sign_for_each_element() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+            self.act = Binarises()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = Doubles.apply(self.stem(x))
+            x = F.conv2d(OwnSign.apply(x), self.conv.weight.sign(), padding=1)
+            return F.conv2d(self.act(x), self.conv.weight.sign(), padding=1)
+
+    with interceptable():
+        profile = profile_of(Net(), (3, 6, 6))
+    assert [o.type.rpartition("r.")[2] for o in profile.omissions] == ["Doubles.apply"], "real numbers are no signs"
+    assert {r.type.removeprefix("test_profiler."): r.other for r in profile.layers if "Sign" in r.type or "Bin" in r.type} == {
+        "OwnSign.apply": 8 * 6 * 6, "Binarises": 8 * 6 * 6,
+    }  # fmt: skip
 
 
 def test_unknown_operations_are_listed() -> None:

@@ -243,6 +243,10 @@ def test_a_wrong_file_is_refused_with_file_line_and_key(text: str, message: str)
     [
         ("optimizer.lrr=0.05", "--set optimizer.lrr=0.05: optimizer.lrr: unknown key 'lrr'; expected one of name, lr"),
         ("optimizer.lr=fast", "--set optimizer.lr=fast: optimizer.lr: found 'fast'; "),
+        ("mean=[0.5]", "--set mean=[0.5]: mean: found a list of 1; expected 3 values"),
+        ("mean=[1,1,1,1]", "--set mean=[1,1,1,1]: mean: found a list of 4; expected 3 values"),
+        ("stages.kernels.optimizer.betas=[1]", "--set stages.kernels.optimizer.betas=[1]: "),
+        ("data=[]", "--set data=[]: data: found an empty list; expected at least 1 value"),
         ("optimizer.lr", "--set optimizer.lr: expected KEY=VALUE, for example optimizer.lr=0.05"),
         ("batch=8}, a: {", "--set batch=8}, a: {:1: not valid YAML"),
         (
@@ -259,6 +263,7 @@ def test_a_wrong_override_is_refused(assignment: str, message: str) -> None:
     with pytest.raises(RulesError) as caught:
         recipes.override(recipes.load("fracbnn-cifar10"), [assignment])
     assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

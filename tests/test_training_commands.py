@@ -367,6 +367,52 @@ def test_iterations_are_not_taken_for_epochs(rep: Path, capsys: pytest.CaptureFi
     assert "is for imagenet" in error
 
 
+GREY = """
+from torch import nn
+def make():
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 4), nn.BatchNorm2d(8), *head)
+
+class Named(nn.Sequential):
+    def forward(self, x):
+        return {"aux": x, "logits": super().forward(x)}
+
+def named():
+    return Named(*make())
+
+class Other(nn.Sequential):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+def other():
+    return Other(*make())
+"""
+
+
+def test_a_network_of_one_channel_and_one_that_names_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("grey.py").write_text(GREY)
+    space: dict[str, Any] = {}
+    exec(GREY, space)
+    torch.save(space["make"]().state_dict(), "net.pth")
+    command = ["evaluate", "net.pth", "--data", "digits", "--input-size", "1x32x32", "--json", "--model"]
+    assert run([*command, "grey.py:make"]) == 0
+    plain = capsys.readouterr()
+    assert "the network takes one channel: images become grey" in plain.err
+    assert run([*command, "grey.py:named"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == json.loads(plain.out)["loss"]
+    assert run([*command, "grey.py:other"]) == 2
+    assert "the network's output is a dict (out); expected logits, a tuple that begins with" in capsys.readouterr().err
+    train = ["finetune", "net.pth", "--model", "grey.py:make", *QUICK, "--run-dir", "r", "--compile", "off"]
+    assert run(train) == 2
+    assert "--input-size 1x32x32 makes its images grey" in capsys.readouterr().err
+    assert run([*train, "--input-size", "1x32x32"]) == 0
+    train[3] = "grey.py:named"
+    assert run([*train[:-3], "named", *train[-2:], "--input-size", "1x32x32"]) == 0
+
+
 def test_a_mistyped_key_in_a_recipe_file_is_shown_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,14 +492,14 @@ class Odd(nn.Module):
             return self.net[:4](x)
         if self.kind == "a vector in":
             return self.net[6](x.flatten(1))
-        return {"logits": self.net(x), "aux": x}
+        return {"out": self.net(x), "aux": x}
 """
 
 
 @pytest.mark.parametrize(
     ("kind", "commands", "message"),
     [
-        ("a dict", ["evaluate", "calibrate", "finetune"], "the network's output is a dict (logits, aux); expected"),
+        ("a dict", ["evaluate", "calibrate", "finetune"], "the network's output is a dict (out, aux); expected"),
         ("a map", ["evaluate", "calibrate"], "the network's output for an image is 8x6x6, expected 10 logits, one"),
         ("a vector in", ["evaluate"], "the network does not run on the data's images of 3x32x32 (RuntimeError: mat1"),
     ],

@@ -52,9 +52,18 @@ def export_packed(
         views.print_json(facts)
         return
     views.console().print(views.facts(kernel_views.packed_facts(facts)))
-    data = registry.ARCHS[found.origin.arch].data if found.origin.arch else ""
-    named = {"CIFAR-10": "", "ImageNet": " --data imagenet:DIR"}.get(data, " --data folder:DIR")
-    views.say(f"next: repbnn evaluate {shlex.quote(str(place))}{views.own_code(found.origin.model)}{named}")
+    views.say(f"next: repbnn evaluate {shlex.quote(str(place))}{views.own_code(found.origin.model)}{_data(found)}")
+
+
+def _data(found: Examined) -> str:
+    """`--data` for what a network is evaluated on: that of its training, else that it is made for."""
+    made = result.training_of(found.opened.payload) if found.opened else {}
+    trained = str(made.get("measured", made).get("data", ""))
+    arch = registry.ARCHS[found.origin.arch].data if found.origin.arch else ""
+    if not trained and arch == "CIFAR-10":
+        return ""
+    name = trained or {"ImageNet": "imagenet"}.get(arch, "folder")
+    return f" --data {name}" if name == "digits" else f" --data {name}:DIR"
 
 
 def timings(

@@ -182,7 +182,10 @@ def dataset(spec: str | None, origin: Origin) -> Dataset | ImageFolders:
         raise UsageError(_NO_DATA)
     found = open_data(spec)
     views.say(*(f"note: {n}" for n in found.notes))
-    return found
+    if origin.input_shape[0][:-2] != (1,):
+        return found
+    views.say("the network takes one channel: images become grey (ITU-R 601)")
+    return found.in_grey()
 
 
 def recipe_of(pupil: Pupil, named: str | None) -> Recipe:

@@ -12,7 +12,7 @@ import random
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from repbnn_cli.data.batches import MEAN, STD, Normaliser, generator_for
 from repbnn_cli.data.image_crops import Augmentation, Pixels, centre_pixels, training_pixels
 from repbnn_cli.data.images import FORMATS, SUFFIXES, TESTS, TRAIN
 from repbnn_cli.data.sharding import Sharding
+from repbnn_cli.data.splits import grey
 from repbnn_cli.errors import DataError, UsageError
 from repbnn_cli.wording import some
 
@@ -49,7 +50,8 @@ class FolderSplit:
 
 @dataclass(frozen=True)
 class ImageFolders:
-    """An ImageNet-style data set on the disk. fingerprint: sha256 over the names and sizes of all files."""
+    """An ImageNet-style data set on the disk. fingerprint: sha256 over the names and sizes of all files; channels: that
+    its batches have, 3 or 1."""
 
     name: str
     train: FolderSplit
@@ -58,6 +60,11 @@ class ImageFolders:
     fingerprint: str
     source: str
     notes: tuple[str, ...] = ()
+    channels: int = 3
+
+    def in_grey(self) -> ImageFolders:
+        """The same images with one channel."""
+        return replace(self, channels=1)
 
 
 def open_folders(folder: Path) -> ImageFolders:
@@ -148,11 +155,13 @@ class FolderBatches:
         rank: int = 0,
         world: int = 1,
         channels_last: bool = True,
+        channels: int = 3,
         workers: int = 4,
         damages: Damages | None = None,
     ) -> None:
         self.sharding = Sharding(len(split), batch_size, drop_last, rank, world)
         self.seed, self.device, self.channels_last = seed, torch.device(device), channels_last
+        self.channels = channels
         self.normalise = Normaliser(self.device, dtype, mean, std)
         damages = damages or Damages()
         self._decoder = _Decoder(split, seed, augmentation or Augmentation(), damages.limit)
@@ -162,12 +171,12 @@ class FolderBatches:
         return len(self.sharding)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of batch ``start`` and all after it: images normalised, (n, 3, S, S); labels int64 (n,)."""
+        """(images, labels) of batch ``start`` and all after it: images normalised, (n, C, S, S); labels int64 (n,)."""
         count = len(self._decoder.split)
         order = torch.randperm(count, generator=generator_for(self.seed, epoch)).tolist()
         keys = [[(epoch, index) for index in order[part]] for part in self.sharding.parts(start)]
         for images, labels in self._reader.read(keys):
-            batch = self.normalise(images)
+            batch = self.normalise(images if self.channels == 3 else grey(images))
             yield (batch if self.channels_last else batch.contiguous()), labels
 
 
@@ -184,6 +193,7 @@ def eval_folder_batches(
     rank: int = 0,
     world: int = 1,
     channels_last: bool = True,
+    channels: int = 3,
     workers: int = 4,
     damages: Damages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,7 +209,7 @@ def eval_folder_batches(
     reader = _Reader(_Decoder(split, None, (size, resize), damages.limit), torch.device(device), workers, damages)
     keys = [[(0, index) for index in range(part.start, part.stop)] for part in sharding.parts()]
     for images, labels in reader.read(keys):
-        batch = normalise(images)
+        batch = normalise(images if channels == 3 else grey(images))
         yield (batch if channels_last else batch.contiguous()), labels
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,12 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+def grey(images: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) → (N, 1, H, W): ITU-R 601 luma as Pillow rounds it; of equal channels, their value."""
+    red, green, blue = images.to(torch.int32).unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8).unsqueeze(1)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set in memory.
@@ -54,6 +60,15 @@ class Dataset:
     fingerprint: str
     source: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        return self.test.images.shape[1]
+
+    def in_grey(self) -> Dataset:
+        """The same images with one channel."""
+        train, test = (Split(grey(s.images), s.labels) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
 
 def split_of(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:

@@ -195,7 +195,8 @@ class _Packing:
     ) -> None:
         if layer.weight_bits > 1:
             raise UsageError(
-                f"{path}: its kernel has {layer.weight_bits} bits, −1, 0 and 1; only one has a packed form"
+                f"{path}: its kernel has {layer.weight_bits} bits, −1, 0 and 1; the packed form is for ±1 times a "
+                "scale for each filter"
             )
         applied = applied_kernel(self.network, path)
         zeros = kernel_zeros(applied)
@@ -220,20 +221,25 @@ class _Packing:
         if behind is not None:
             magnitude = behind
             self.kernels[path] |= {"latent": latent or f"{path}.{layer.kernel}", "behind": True}
-        self.kernels[path]["scale"] = self._scale(path, magnitude.float(), layer, scaled=scaled)
+        name, factor = self._scale(path, magnitude.float(), layer, scaled=scaled)
+        self.kernels[path] |= {"scale": name} | ({} if factor == 1 else {"factor": factor})
 
-    def _scale(self, path: str, magnitude: Tensor, layer: Layer, *, scaled: bool) -> str | None:
-        """Which tensor holds the magnitude of each filter; None where it is 1."""
+    def _scale(self, path: str, magnitude: Tensor, layer: Layer, *, scaled: bool) -> tuple[str | None, float]:
+        """Which tensor holds the magnitude of each filter, None where all have the same, and what to multiply it by."""
         if scaled:
             self.tensors[f"{path}.kernel_scale"] = magnitude
-            return f"{path}.kernel_scale"
-        if bool((magnitude == 1).all()):
-            return None
-        for name in layer.out_tensors:
-            held = self.tensors.get(f"{path}.{name}")
-            if held is not None and torch.allclose(held.flatten().abs().cpu(), magnitude.cpu(), rtol=1e-6, atol=0):
-                return f"{path}.{name}"
-        raise UsageError(f"{path}: the scale of its kernel is neither 1 nor one of its tensors; it has no packed form")
+            return f"{path}.kernel_scale", 1.0
+        named = {f"{path}.{name}": self.tensors.get(f"{path}.{name}") for name in layer.out_tensors}
+        held = {name: t.flatten().abs().cpu() for name, t in named.items() if t is not None}
+        candidates: list[tuple[str | None, Tensor]] = [(None, torch.ones_like(magnitude).cpu()), *held.items()]
+        for place, scale in candidates:
+            factor = _quotient(magnitude.cpu(), scale)
+            if factor is not None:
+                return place, factor
+        raise UsageError(
+            f"{path}: the scale of its filters is a multiple of none of its tensors, as a packed form has it; keep it "
+            "as a parameter or buffer with one entry per filter"
+        )
 
     def unstored(self) -> dict[str, list[int] | str]:
         """State-dict entries that the file does not hold, name → shape, or the stored entry that they are tied to.
@@ -249,6 +255,17 @@ class _Packing:
             for name, t in rest.items()
             if name.rpartition(".")[0] not in self.norms
         }
+
+
+def _quotient(magnitude: Tensor, scale: Tensor) -> float | None:
+    """The number by which all of `scale` gives `magnitude`, None where there is none."""
+    if magnitude.shape != scale.shape or not bool((scale > 0).any()):
+        return None
+    largest = int(scale.argmax())
+    factor = float(magnitude[largest] / scale[largest])
+    if not torch.allclose(scale * factor, magnitude, rtol=1e-6, atol=0):
+        return None
+    return 1.0 if abs(factor - 1) <= 1e-6 else factor
 
 
 def zeros_made_plus(kernel: Tensor) -> Tensor:
@@ -332,9 +349,13 @@ def build(packed: Packed, path: str | os.PathLike[str], model: ModelSource | Non
         network, layers = _captured(built, origin, packed.header, _state(packed))
         _give(network.module, layers, packed)
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:  # of a damaged header, too
-        first = " ".join(str(error).split())[:200]
+        made = packed.header.get("source")
+        own = made.get("model") if isinstance(made, Mapping) else None
+        hint = f"; it was made with --model {own}" if own else ""
+        first = " ".join(str(error).split())
+        first = first if len(first) <= 200 else f"{first[:200].rpartition(' ')[0]} …"
         raise CheckpointError(
-            f"{path}: its tensors do not fit the network that its source and rules make ({first})"
+            f"{path}: its tensors do not fit the network that its source and rules make{hint} ({first})"
         ) from error
     return Opened(Path(path), packed.header, origin, network, layers)
 
@@ -395,10 +416,10 @@ def _give(root: nn.Module, layers: Mapping[str, Layer], packed: Packed) -> None:
         norm.bias = nn.Parameter(packed.tensors[f"{path}.shift"])
     for path, kernel in packed.header["kernels"].items():
         signs = from_bits(packed.tensors[kernel.get("bits", f"{path}.kernel_bits")], tuple(kernel["shape"]))
-        scaled = signs
+        scaled = signs * kernel.get("factor", 1)
         if kernel["scale"] is not None:
             magnitude = packed.tensors[kernel["scale"]].flatten().abs()
-            scaled = signs * magnitude.view(-1, *[1] * (signs.ndim - 1))
+            scaled = scaled * magnitude.view(-1, *[1] * (signs.ndim - 1))
         module = root.get_submodule(path)
         wanted = layers[path].kernel_shape if path in layers else None
         if wanted and tuple(kernel["shape"]) != tuple(wanted):

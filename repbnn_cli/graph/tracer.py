@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph import products
-from repbnn_cli.graph.interception import recording
+from repbnn_cli.graph.interception import FunctionCall, recording
 from repbnn_cli.graph.probe import CALLED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvCalls, facts, value_bits
 from repbnn_cli.graph.proxies import (
     INPLACE,
@@ -133,6 +133,8 @@ class Tracer(fx.Tracer):
         if len(multiplied) == 2 and all(isinstance(v, Tensor) for v in multiplied) and not self.shapes_only:
             # A layer's outputs may have few values by chance, so that more bits than signs take count as real ones.
             node.meta["bits"] = tuple(bits if (bits := value_bits(v)) <= 2 else 32 for v in multiplied)
+        if isinstance(node.target, FunctionCall) and isinstance(value, Tensor) and not self.shapes_only:
+            node.meta["bits_given"] = value_bits(value)
         self.values[node] = hollow(value) if self.shapes_only else value
         return node
 
@@ -243,6 +245,8 @@ class Tracer(fx.Tracer):
                 # the call without any tracer in between
                 result = _symbolic_trace._orig_module_call(module, *args, **kwargs)
             node.meta["convs"] = [facts(c) for c in seen.calls if not c.kernel.is_meta]
+            if isinstance(result, Tensor) and not seen.calls and not any(True for _ in module.parameters()):
+                node.meta["bits_given"] = value_bits(result)  # a module of few lines that binarises, perhaps
             return result
         finally:
             for m in hidden:

@@ -104,11 +104,12 @@ def name_of(node: fx.Node) -> str:
 
 def count(call: Call) -> Count | None:
     """The operations of one call per input of the network; None where no table knows it."""
-    if call.module is None:
-        handler = FUNCTIONS.get(call.name)
-        return handler(call) if handler else None
-    handler = MODULES.get(type(call.module)) or _by_role(call)
-    return handler(call) if handler else None
+    handler = FUNCTIONS.get(call.name) if call.module is None else MODULES.get(type(call.module)) or _by_role(call)
+    if handler is not None:
+        return handler(call)
+    # A function or module of the user's own that was seen to binarise its input: a sign each.
+    binarises = call.node.meta.get("bits_given") == 1 and call.size_in == call.size_out
+    return Count(other=call.size_out) if binarises else None
 
 
 def is_free_function(name: str) -> bool:

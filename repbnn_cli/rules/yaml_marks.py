@@ -31,6 +31,7 @@ _AS_TEXT = tuple(_TAG + kind for kind in ("str", "value", "timestamp"))
 _AS_VALUE = tuple(_TAG + kind for kind in ("int", "float", "bool", "null"))
 _EXPECTED = {
     "int_type": "a whole number",
+    "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "dict_type": "a mapping",
@@ -283,6 +284,12 @@ def _translate(document: Document, model: type[BaseModel], error: ErrorDetails) 
         return document.problem(
             at, f"unknown key {describe(at[-1])}; expected one of {', '.join(keys)}{nearest(at[-1], keys)}"
         )
+    if kind == "missing" and isinstance(at[-1], int):  # of a list with as many entries as its type has
+        at, kind, context = at[:-1], "too_short", {"max_length": _entries(model, at[:-1])}
+    if kind in ("too_short", "too_long") and isinstance(found, tuple) and "max_length" in context:
+        return document.problem(at, f"found a list of {len(found)}; expected {context['max_length']} values")
+    if kind == "too_short" and "min_length" in context:
+        return document.problem(at, f"found an empty list; expected at least {context['min_length']} value")
     if kind == "missing":
         return document.problem(at[:-1], f"has no {describe(at[-1])}; expected {', '.join(keys_of(model, at[:-1]))}")
     if kind == "literal_error":
@@ -297,6 +304,20 @@ def _translate(document: Document, model: type[BaseModel], error: ErrorDetails) 
             at, f"found {describe(found)}; expected {_EXPECTED[kind].format_map(context).strip('^$')}"
         )
     return document.problem(at, f"found {describe(found)}; {error['msg']}")
+
+
+def _entries(model: type[BaseModel], at: Location) -> int:
+    """How many entries the list at a location has by its type."""
+    count = 0
+    for part in at:
+        info = model.model_fields.get(str(part))
+        if info is not None:  # else a name in a mapping
+            parts = get_args(info.annotation)
+            count = len(parts)
+            model = next(
+                (a for a in (info.annotation, *parts) if isinstance(a, type) and issubclass(a, BaseModel)), model
+            )
+    return count
 
 
 def keys_of(model: type[BaseModel], at: Location) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def open_feed(
     if batches_in(len(dataset.train), recipe.batch, drop_last=True) == 0:
         count = len(dataset.train)
         raise UsageError(f"batch {recipe.batch}: {dataset.name} has only {count} training images; --set batch={count}")
-    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last}
+    look = _look(dataset, recipe, device, channels_last=channels_last)
     place: dict[str, Any] = {"rank": rank, "world": world}
     test = eval_images(
         dataset,
@@ -94,6 +95,15 @@ def open_feed(
     return Feed(train, test, next(iter(eval_batches(dataset.test, 2, **look)))[0])
 
 
+def _look(
+    dataset: Dataset | ImageFolders, recipe: RecipeFile, device: torch.device, *, channels_last: bool
+) -> dict[str, Any]:
+    """How images are normalised and laid out; grey ones by the mean of the recipe's numbers for red, green and blue."""
+    mean, std = (values if dataset.channels == 3 else (fmean(values),) for values in (recipe.mean, recipe.std))
+    look: dict[str, Any] = {"mean": mean, "std": std, "device": device, "channels_last": channels_last}
+    return look | ({"channels": dataset.channels} if isinstance(dataset, ImageFolders) else {})
+
+
 CONTIGUOUS = (
     "images stay contiguous in memory, which is slower: a `.view()` in the network's code takes no channels_last"
 )
@@ -102,8 +112,8 @@ CONTIGUOUS = (
 def takes_channels_last(dataset: Dataset | ImageFolders, device: torch.device, *networks: nn.Module) -> bool:
     """Whether networks on the device run on images of the data set in channels_last: `x.view(len(x), -1)` in a forward
     wants them contiguous. Other errors are not asked for here."""
-    shape = (3, 224, 224) if isinstance(dataset, ImageFolders) else dataset.test.images.shape[1:]
-    images = torch.zeros((2, *shape), device=device).contiguous(memory_format=torch.channels_last)
+    size = (224, 224) if isinstance(dataset, ImageFolders) else dataset.test.images.shape[2:]
+    images = torch.zeros((2, dataset.channels, *size), device=device).contiguous(memory_format=torch.channels_last)
     for network in networks:
         for training in (False, True):
             with unchanged(network), torch.no_grad():
@@ -130,8 +140,7 @@ def eval_images(
     """Batches of the test split in order, normalised as the recipe says; each call starts over."""
     damages = damages or Damages()  # one for all passes, so that each image is told of once
     batch = -(-batch // world) * world  # how images are grouped changes no result
-    look: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "device": device, "channels_last": channels_last,
-                            "rank": rank, "world": world}  # fmt: skip
+    look = _look(dataset, recipe, device, channels_last=channels_last) | {"rank": rank, "world": world}
     if isinstance(dataset, ImageFolders):
         folder = dataset.test
         return lambda: eval_folder_batches(folder, batch, workers=workers, damages=damages, **look)
