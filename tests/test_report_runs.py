@@ -175,7 +175,7 @@ def test_runs_of_one_name_are_told_apart(folders: Path) -> None:
 
 
 def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(folders: Path, tmp_path: Path) -> None:
-    for name, figure in (("raw", 86.5), ("rep", 87.6)):
+    for name, figure in (("raw", 86.5), ("rep", 87.6), ("own", None)):
         shutil.copytree(folders / "done", tmp_path / name / "sweep" / "done")
         file = tmp_path / name / "sweep" / "done" / "environment.json"
         about = json.loads(file.read_text())
@@ -184,11 +184,12 @@ def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(folders: Path, t
     both = [tmp_path / name / "sweep" / "done" for name in ("raw", "rep")]
     assert [r["run"] for r in tables(*both)[0]] == ["raw/sweep/done", "rep/sweep/done"]
     # One line named "paper" would be true of one of them.
-    shown = [
-        "paper: " in p.body for found in (both, both[:1]) for block in blocks_of(*found) if isinstance(block, Figures)
-        for p in block.plots if isinstance(p, report.Plot) and p.name == "run-top1"
-    ]  # fmt: skip
-    assert shown == [False, True]
+    own = tmp_path / "own" / "sweep" / "done"
+    shown = []
+    for found in (both, [both[0], own], both[:1]):
+        plots = [p for block in blocks_of(*found) if isinstance(block, Figures) for p in block.plots]
+        shown += ["paper: " in p.body for p in plots if isinstance(p, report.Plot) and p.name == "run-top1"]
+    assert shown == [False, False, True]
 
 
 def test_what_is_not_a_number_has_no_point(folders: Path, tmp_path: Path) -> None:

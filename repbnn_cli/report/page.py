@@ -19,7 +19,7 @@ from repbnn_cli.report.document import (
     Strong,
     Table,
 )  # fmt: skip
-from repbnn_cli.report.svg import PRINTED, STYLE, Plot, escape
+from repbnn_cli.report.svg import STYLE, Plot, escape
 
 # Nothing may be loaded, whatever text ends up in the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -38,7 +38,7 @@ def page(document: Document) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(document.title)}</title>\n<style>{STYLE}{PRINTED}{style}</style>\n</head>\n<body>\n"
+        f"<title>{escape(document.title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         f'<header><h1>{escape(document.title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f'<main>\n<section id="summary" aria-label="Summary">{"".join(map(_block, document.lead))}</section>\n'
         f"{sections}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"

@@ -9,32 +9,38 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from repbnn_cli.number_text import shortened
 
 # Hues that stay apart for every kind of colour blindness, each at least 3:1 on its ground.
-STYLE = """
-.plot{--c1:#0b66b0;--c2:#c2500a;--c3:#0a7d5a;--c4:#a03a86;--c5:#6b7280;--c6:#8a6d00;
---ink:#1b1f24;--soft:#57606a;--grid:#d8dee4;--ground:#fff;--mark:#e8f1fa}
-@media (prefers-color-scheme:dark){.plot{--c1:#6cb4f5;--c2:#ff9b5a;--c3:#4fd0a5;--c4:#e79ad0;--c5:#a7b0bf;--c6:#e2c04a;
---ink:#e6edf3;--soft:#9aa5b1;--grid:#30363d;--ground:#0d1117;--mark:#16283a}}
-.plot text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--ink)}
-.plot text.soft{fill:var(--soft)}.plot text.small{font-size:10.5px}.plot text.bold{font-weight:600}
-.plot text.halo{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
-.plot .grid{stroke:var(--grid);fill:none}.plot .axis{stroke:var(--soft);fill:none}
-.plot .ground{fill:var(--ground)}.plot .mark{fill:var(--mark)}
-""" + "".join(
-    f".plot .f{i}{{fill:var(--c{i})}}.plot .s{i}{{stroke:var(--c{i});fill:none}}"
-    f".plot .o{i}{{stroke:var(--c{i});fill:var(--ground)}}"
-    for i in range(1, 7)
-)  # fmt: skip
-_NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-PRINTED = """
-@media print{.plot{--c1:#0b66b0;--c2:#c2500a;--c3:#0a7d5a;--c4:#a03a86;--c5:#6b7280;--c6:#8a6d00;--ink:#1b1f24;
---soft:#57606a;--grid:#d8dee4;--ground:#fff;--mark:#e8f1fa}}
+_LIGHT = {"c1": "#0b66b0", "c2": "#c2500a", "c3": "#0a7d5a", "c4": "#a03a86", "c5": "#6b7280", "c6": "#8a6d00",
+          "ink": "#1b1f24", "soft": "#57606a", "grid": "#d8dee4", "ground": "#fff", "mark": "#e8f1fa"}  # fmt: skip
+_DARK = {"c1": "#6cb4f5", "c2": "#ff9b5a", "c3": "#4fd0a5", "c4": "#e79ad0", "c5": "#a7b0bf", "c6": "#e2c04a",
+         "ink": "#e6edf3", "soft": "#9aa5b1", "grid": "#30363d", "ground": "#0d1117", "mark": "#16283a"}  # fmt: skip
+
+
+def _colours(of: Mapping[str, str]) -> str:
+    """Written out for each class: what makes a PDF of a drawing (Inkscape, librsvg) knows no variables of CSS."""
+    rules = {"text": f"fill:{of['ink']}", "text.soft": f"fill:{of['soft']}", "text.halo": f"stroke:{of['ground']}",
+             ".grid": f"stroke:{of['grid']}", ".axis": f"stroke:{of['soft']}", ".ground": f"fill:{of['ground']}",
+             ".mark": f"fill:{of['mark']}"}  # fmt: skip
+    for i in range(1, 7):
+        own = of[f"c{i}"]
+        rules |= {f".f{i}": f"fill:{own}", f".s{i}": f"stroke:{own}", f".o{i}": f"stroke:{own};fill:{of['ground']}"}
+    return "".join(f".plot {which}{{{what}}}" for which, what in rules.items()) + "\n"
+
+
+STYLE = f"""
+.plot text{{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}}
+.plot text.small{{font-size:10.5px}}.plot text.bold{{font-weight:600}}
+.plot text.halo{{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}}
+.plot .grid,.plot .axis,{",".join(f".plot .s{i}" for i in range(1, 7))}{{fill:none}}
+{_colours(_LIGHT)}@media screen and (prefers-color-scheme:dark){{
+{_colours(_DARK)}}}
 """
+_NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Plot:
         """A file of its own."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{self.width}" height="{self.height}"'
         ground = rect(0, 0, self.width, self.height, "ground")
-        style = f"<style>{STYLE}{PRINTED}</style>"
+        style = f"<style>{STYLE}</style>"
         return self._svg(head, style + ground) + "\n"
 
     def _svg(self, head: str, first: str = "") -> str:

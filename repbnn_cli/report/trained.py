@@ -115,11 +115,10 @@ def _named(name: str) -> Value:
 
 def _plots(names: Mapping[Any, str], records: Sequence[RunRecord]) -> list[Plot]:
     both = len(records) > 1
-    # One line for all runs: where the paper has several figures for them, the table tells whose is whose.
-    published = {r.reached[-1].published for r in records if r.reached} - {None}
-    target = next(
-        ((f"paper: {value:g}", value) for value in published if value is not None and len(published) == 1), None
-    )
+    # One line for all runs: where the paper's figure is not the same for them, the table tells whose it is.
+    published = {r.reached[-1].published if r.reached else None for r in records}
+    paper = next(iter(published)) if len(published) == 1 else None
+    target = None if paper is None else (f"paper: {paper:g}", paper)
 
     def curves(*parts: tuple[str, Value]) -> list[Curve]:
         found = []
