@@ -14,6 +14,11 @@ def some(items: Sequence[object], most: int = 3, separator: str = ", ") -> str:
     return separator.join(map(str, items[:most])) + (f" and {len(items) - most} more" if items[most:] else "")
 
 
+def counted(count: int, what: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
 def nearest_file(path: Path, ending: str = "") -> str:
     """What follows "no such file": the file in that folder that may be meant, of those with this ending."""
     with contextlib.suppress(OSError, ValueError):

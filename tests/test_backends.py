@@ -114,10 +114,10 @@ def test_a_run_learns_as_on_torch_and_resumes_exactly(tmp_path: Path) -> None:
 def test_several_processes_keep_the_statistics_that_they_share() -> None:
     network = rep()
     assert backends.lines(network, TRITON, Ranks()) == [
-        f"backend {TRITON}: forward of 1 binary convolutions, 2 BatchNorms over a repeat"
+        f"backend {TRITON}: forward of 1 binary convolution, 2 BatchNorms over a repeat"
     ]
     shared = Ranks(0, 2)
-    assert backends.lines(network, TRITON, shared)[0].endswith("forward of 1 binary convolutions")
+    assert backends.lines(network, TRITON, shared)[0].endswith("forward of 1 binary convolution")
     with backends.running_on(network, "triton", shared):
         assert all(m.by_batch is None for m in network.modules() if isinstance(m, RepBatchNorm2d))
     with backends.running_on(network, "triton", Ranks()):
@@ -182,7 +182,7 @@ def test_the_command_says_what_runs(command: Callable[..., int], capsys: pytest.
     assert command("--backend", "triton", "--json") == 0
     shown = capsys.readouterr()
     assert shown.err.count("backend ") == 1
-    assert "backend triton (asked for; interpreted on the CPU): forward of 1 binary convolutions\n" in shown.err
+    assert "backend triton (asked for; interpreted on the CPU): forward of 1 binary convolution\n" in shown.err
     assert "exactly 0" not in str(json.loads(shown.out)["notes"])
     assert json.loads(Path("run/environment.json").read_text())["options"]["backend"] == "triton"
 

@@ -189,7 +189,7 @@ def test_a_run_says_that_it_computes_in_8_bits_and_learns_what_one_on_torch_does
     runpy.run_path("own.py")
     assert finetune("eight", "--device", "cpu") == 0
     shown = capsys.readouterr().err
-    assert "backend int8 (exact, and the fastest on a CPU): forward of 1 binary convolutions" in shown
+    assert "backend int8 (exact, and the fastest on a CPU): forward of 1 binary convolution" in shown
     assert "training step not compiled: the run is too short to repay it; --compile on does it all the same" in shown
     assert finetune("plain", "--device", "cpu", "--backend", "torch") == 0
     assert finetune("bf16", "--device", "cpu", "--gradients", "bf16") == 0

@@ -243,7 +243,7 @@ def test_a_repacked_archive_is_read(tmp_path: Path) -> None:
         (torch.ones(2, 3), "holds a tensor of shape (2, 3), not a dictionary of tensors"),
         ("text", "holds text, not a dictionary of tensors"),
         (None, "holds nothing, not a dictionary of tensors"),
-        ({"w": torch.ones(2, device="meta")}, "1 tensors have no data (w)"),
+        ({"w": torch.ones(2, device="meta")}, "1 tensor without data (w)"),
     ],
 )
 def test_no_weights_in_it(tmp_path: Path, content: object, expected: str) -> None:

@@ -144,7 +144,7 @@ def test_a_place_that_cannot_be_written_gets_nothing(
         (["-o", "taken"], "taken: is a folder"),
         (["-o", "file"], "file: exists already"),
         (["-o", "r.md", "--plots", "file"], "file: is no folder, as drawings want it; --plots names another"),
-        (["-o", "r.md", "--plots", "no/plots"], "no/plots: cannot be made a folder for the drawings"),
+        (["-o", "r.md", "--plots", "no/plots"], "no/plots: the folder no does not exist; create it first"),
         (["-o", "r.md", "--plots", "taken"], "taken/sizes.svg: exists already"),
         (["-o", "r.md", "--plots", "folders", "--force"], "folders/weights.svg: is a folder"),
     ):

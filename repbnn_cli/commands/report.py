@@ -22,6 +22,7 @@ from repbnn_cli.profiler import shapes
 from repbnn_cli.runs import RunRecord, sweeps
 from repbnn_cli.train import recipes
 from repbnn_cli.user_code.cpu_only import running
+from repbnn_cli.wording import counted
 
 _MOST_IMAGES, _SHOWN_IMAGES, _NOISE = 16, 3, 4
 
@@ -265,7 +266,7 @@ def _write_plots(document: room.Document, folder: Path, output: str | None, *, f
     for file, drawing in files.items():
         data = drawing.png if isinstance(drawing, room.Picture) else drawing.file().encode()
         writing.atomic_write_bytes(file, data, force=force)
-    views.say(f"wrote {len(files)} drawings into {folder}/")
+    views.say(f"wrote {counted(len(files), 'drawing')} into {folder}/")
     start = Path(output).parent if output is not None else Path(".")
     return Path(os.path.relpath(folder, start)).as_posix()
 

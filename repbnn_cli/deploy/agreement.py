@@ -39,6 +39,7 @@ from repbnn_cli.kernels.reference import binarize
 from repbnn_cli.logits import logits_of
 from repbnn_cli.recognize import Layer
 from repbnn_cli.verify.lockstep import largest, tensors_of
+from repbnn_cli.wording import counted
 
 TOLERANCE = 1e-4
 NEAR_ZERO = 1e-4
@@ -86,7 +87,9 @@ class ModuleAgreement:
 
     def __str__(self) -> str:
         at = f" (at {self.where})" if self.largest else ""
-        return f"{self.modules} modules, each on the same inputs: largest relative |Δ| = {self.largest:.1e}{at}"
+        return (
+            f"{counted(self.modules, 'module')}, each on the same inputs: largest relative |Δ| = {self.largest:.1e}{at}"
+        )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from repbnn_cli.anatomy import Block, Operation, Shape
 from repbnn_cli.number_text import shape_text
 from repbnn_cli.report.svg import Plot, fitted, path, rect, text, text_width
+from repbnn_cli.wording import counted
 
 CHANGES: Mapping[str, tuple[str, int]] = {
     "rep_conv": ("RepConv", 1),
@@ -86,10 +87,8 @@ def overview(name: str, title: str, blocks: Sequence[Block]) -> Plot:
     parts.append(f'<g transform="translate(8 {height - 8})">{legend}</g>')
     count = sum(1 for b in blocks if any(o.change for o in b.operations))
     said = "; ".join(f"{size}: {', '.join(b.name for b in members)}" for size, members in columns)
-    description = (
-        f"{len(blocks)} blocks by resolution, {count} of them with modules that the transform changed. {said}."
-    )
-    return Plot(name, title, description, width, height, "".join(parts))
+    shown = f"{counted(len(blocks), 'block')} by resolution, {count} of them with modules that the transform changed"
+    return Plot(name, title, f"{shown}. {said}.", width, height, "".join(parts))
 
 
 def _overview_box(block: Block, x: float, y: float, wide: float) -> str:

@@ -20,14 +20,14 @@ COLUMNS = ("runs", "epochs", "best top-1", "last top-1", "gain", "paper", "paper
 def document(sweep: Sweep) -> Document:
     """The whole report, also while the sweep runs."""
     rows: list[tuple[Line, ...]] = [(Code(row.network), row.variant, *figures(row).values()) for row in sweep.rows]
-    written = Folded("The experiment file", [Listing(sweep.experiment.text, "yaml")])
+    begun, written = _runs(sweep), Folded("The experiment file", [Listing(sweep.experiment.text, "yaml")])
     sections = [
         Section(
             "results", "Results", [Table(("network", "variant", *COLUMNS), rows, left=2), Items([*explanation(sweep)])]
         ),
         Section("curves", "Accuracy by epoch", [*_curves(sweep)]),
         Section("gains", "Gain over the source network", [*_gains(sweep)]),
-        Section("runs", "Runs", [_runs(sweep), written]),
+        Section("runs", "Runs", [*([begun] if begun.rows else []), written]),
     ]
     title = f"{sweep.experiment.name}: {sweep.experiment.file.summary}"
     return Document(title, [Items([*_given(sweep)])], [section for section in sections if section.blocks])

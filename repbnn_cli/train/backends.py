@@ -27,6 +27,7 @@ from repbnn_cli.errors import UsageError
 from repbnn_cli.kernels import Backend, int8_conv2d, matmul_batch_norm
 from repbnn_cli.rep_layers import ByBatch, RepBatchNorm2d
 from repbnn_cli.train.ranks import Ranks
+from repbnn_cli.wording import counted
 
 NAMES = (*kernels.BACKENDS, "int8")
 GRADIENTS = {"exact": torch.float32, "bf16": torch.bfloat16}
@@ -127,9 +128,9 @@ def lines(network: nn.Module, backend: Backend, ranks: Ranks) -> list[str]:
     if backend.name == "torch":
         return [f"backend {backend}"]
     convs, norms = _binary_convs(network), len(repeating_norms(network, backend.name, ranks))
-    parts = [f"forward of {convs} binary convolutions"] if convs else []
+    parts = [f"forward of {counted(convs, 'binary convolution')}"] if convs else []
     if norms:
-        parts.append(f"{norms} BatchNorms over a repeat" + " by matrix products" * (backend.name == "int8"))
+        parts.append(f"{counted(norms, 'BatchNorm')} over a repeat" + " by matrix products" * (backend.name == "int8"))
     return [f"backend {backend}: {', '.join(parts)}" if parts else "backend torch"]
 
 

@@ -24,7 +24,7 @@ from repbnn_cli.plan import ModuleEdit, Plan
 from repbnn_cli.restoring import modes_kept, unchanged
 from repbnn_cli.user_code.cpu_only import running
 from repbnn_cli.verify.lockstep import Lockstep, StuckError, difference, tensors_of
-from repbnn_cli.wording import some
+from repbnn_cli.wording import counted, some
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _carried(plan: Plan, rep: nn.Module) -> Check:
             compared += 1
             if not made:
                 wrong.append(path)
-    text = f"{compared} tensors as planned" if not wrong else f"not as planned: {', '.join(wrong[:3])}"
+    text = f"{counted(compared, 'tensor')} as planned" if not wrong else f"not as planned: {', '.join(wrong[:3])}"
     return Check("weights carried over", not wrong, text, {"tensors": compared, "failed": wrong})
 
 
@@ -276,7 +276,8 @@ def _identity(plan: Plan, run: Lockstep) -> Check:
         if isinstance(recipe, Columns) and recipe.scale != 1.0:
             text += "; where it normalises its kernel, the 1/β of its inputs is lost: `--last-layer 1_over_beta`"
     else:
-        text = f"max relative |Δ| = {run.worst:.3g} over {run.compared} tensors, {convolutions} kernels"
+        over = f"{counted(run.compared, 'tensor')}, {counted(convolutions, 'kernel')}"
+        text = f"max relative |Δ| = {run.worst:.3g} over {over}"
     if run.unseen:
         text += f"; kernel not observable: {', '.join(run.unseen)}"
     left_out = sum(step.by_position for step in plan.steps.values())
