@@ -119,8 +119,8 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, unsafe: bool =
     without_data = [name for name, tensor in found.tensors.items() if tensor.is_meta]
     if without_data:
         raise CheckpointError(
-            f"{path}: {counted(len(without_data), 'tensor')} without data ({some(without_data)}), it was saved from the "
-            "meta device; save it after the weights were loaded"
+            f"{path}: {counted(len(without_data), 'tensor')} without data ({some(without_data)}), it was saved from "
+            "the meta device; save it after the weights were loaded"
         )
     tensors, prefix, notes = _unwrapped(found.tensors)
     prefix, notes = found.start + prefix, found.notes + notes
