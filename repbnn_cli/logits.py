@@ -35,8 +35,8 @@ def checked_logits(forward: Callable[[Tensor], object], images: Tensor, classes:
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         size = "x".join(map(str, images.shape[1:]))
         text = " ".join(str(error).split())[:200]
-        one = images.shape[1] == 3 and "to have 1 channels" in text
-        grey = f"; --input-size 1x{'x'.join(map(str, images.shape[2:]))} makes its images grey" if one else ""
+        one = name == "network" and images.shape[1] == 3 and "to have 1 channels" in text
+        grey = f", or make its images grey by --input-size 1x{'x'.join(map(str, images.shape[2:]))}" if one else ""
         raise UsageError(
             f"the {name} does not run on the data's images of {size} ({type(error).__name__}: {text}); choose the data "
             f"set that it was made for{grey}"

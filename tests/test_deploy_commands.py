@@ -273,7 +273,15 @@ def test_a_packed_network_has_the_accuracy_that_it_was_measured_with_and_no_othe
     assert [(n["target"], n["network"]) for n in found] == [
         ("net.packed", "irnet_resnet20"), ("rep.packed", "Rep-irnet_resnet20"), ("trained.packed", "Rep-irnet_resnet20")
     ]  # fmt: skip
-    assert [n["top1"] for n in found] == [None, None, 54.5]
+    assert [n["top1"] for n in found] == [62.35, None, 54.5]
+    assert found[2]["top1_from"] == "measured on cifar10 after training it"
+    torch.save(torch.load(CHECKPOINT, weights_only=True) | {"best_prec1": 85.25}, "stated.pth")
+    assert run(["export", "packed", "stated.pth"]) == 0
+    capsys.readouterr()
+    assert run(["compare", "stated.pth", "stated.packed", "--json"]) == 0
+    stated, as_packed = json.loads(capsys.readouterr().out)["networks"]
+    assert (stated["top1"], stated["top1_from"]) == (as_packed["top1"], as_packed["top1_from"])
+    assert stated["top1"] is not None
 
 
 def test_a_network_of_half_precision_is_timed_and_has_no_packed_form(

@@ -404,7 +404,7 @@ def test_a_kernel_for_each_sample_is_refused_by_name() -> None:
 class Tracked(Net):
     """The features of one part of an image are the kernel for all of it, depthwise or whole."""
 
-    whole = False
+    whole = viewed = False
 
     def build(self) -> None:
         self.conv, self.bn = Conv(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
@@ -416,15 +416,22 @@ class Tracked(Net):
         if self.whole:
             found = F.conv2d(x.reshape(1, n * c, h, w), template, padding=1, groups=n)
             return found.view(n, 1, h, w).expand(n, c, h, w)
-        found = F.conv2d(x.reshape(1, n * c, h, w), template.reshape(n * c, 1, 3, 3), padding=1, groups=n * c)
-        return found.view(n, c, h, w)
+        if self.viewed:
+            images, kernel = x.view(1, n * c, h, w), template.contiguous().view(n * c, 1, 3, 3)
+        else:
+            images, kernel = x.reshape(1, n * c, h, w), template.reshape(n * c, 1, 3, 3)
+        return F.conv2d(images, kernel, padding=1, groups=n * c).view(n, c, h, w)
 
 
 class TrackedWhole(Tracked):
     whole = True
 
 
-@pytest.mark.parametrize("make", [Tracked, TrackedWhole])
+class TrackedByViews(Tracked):
+    viewed = True
+
+
+@pytest.mark.parametrize("make", [Tracked, TrackedByViews, TrackedWhole])
 def test_a_kernel_made_of_another_image_is_carried_by_the_rule_that_its_refusal_names(make: type[Net]) -> None:
     rule = re.search("rule file: `(.*)`", refusal(make))
     assert rule is not None

@@ -246,7 +246,7 @@ def test_a_wrong_file_is_refused_with_file_line_and_key(text: str, message: str)
         ("mean=[0.5]", "--set mean=[0.5]: mean: found a list of 1; expected 3 values"),
         ("mean=[1,1,1,1]", "--set mean=[1,1,1,1]: mean: found a list of 4; expected 3 values"),
         ("stages.kernels.optimizer.betas=[1]", "--set stages.kernels.optimizer.betas=[1]: "),
-        ("data=[]", "--set data=[]: data: found an empty list; expected at least 1 value"),
+        ("data=[]", "--set data=[]: data: found an empty list; expected at least one value"),
         ("optimizer.lr", "--set optimizer.lr: expected KEY=VALUE, for example optimizer.lr=0.05"),
         ("batch=8}, a: {", "--set batch=8}, a: {:1: not valid YAML"),
         (

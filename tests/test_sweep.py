@@ -155,6 +155,8 @@ def test_all_transforms_come_before_the_first_training(
         ("Table 7", "{beta: 2}", 87.6, 1.1),
         ("Table 7", "{beta: 4}", None, None),
         ("Table 2", "{last_layer: 1_over_beta}", 87.5, 1.0),
+        ("Table 2", "{rules: last-layer-2}", 87.5, 1.0),
+        ("Table 7", "{rules: last-layer-2}", None, None),
         ("Table 3", "{rules: mine.yaml}", None, None),
     ],
 )
@@ -221,6 +223,7 @@ def test_a_network_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -
          "checkpoint, arch, model, model_args, input_size, key; nearest: model, model_args"),
         ('{model: "own.py:make"}', "tiny.yaml:5 networks[0]: has no 'checkpoint'; expected checkpoint, arch, model"),
         ('{checkpoint: own.pth, model: "own.py:make", model_args: {width: 4}}', "own.pth: does not fit the model"),
+        ('{checkpoint: own.pth, model: "own.py:make"}', "optimizer.lrr: unknown key 'lrr'"),
         ('{checkpoint: own.pth, model: "own.py:mak"}', "own.py:mak: no mak in own; nearest: make"),
     ],
 )  # fmt: skip
@@ -231,7 +234,9 @@ def test_what_is_wrong_with_ones_own_network(
     space: dict[str, Any] = {}
     exec(OWN, space)
     torch.save(space["make"]().state_dict(), here / "own.pth")
-    (here / "tiny.yaml").write_text(TEXT.replace("irnet_resnet20", network), "utf-8")
+    text = TEXT.replace("irnet_resnet20", network)
+    text = text.replace("raw: {}", "raw: {set: [optimizer.lrr=1]}") if "lrr" in message else text
+    (here / "tiny.yaml").write_text(text, "utf-8")
     assert run(["sweep", "tiny.yaml", "--dry-run"]) in (2, 3, 5)
     error = capsys.readouterr().err
     assert message in error

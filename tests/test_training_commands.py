@@ -407,7 +407,7 @@ def test_a_network_of_one_channel_and_one_that_names_its_logits(
     assert "the network's output is a dict (out); expected logits, a tuple that begins with" in capsys.readouterr().err
     train = ["finetune", "net.pth", "--model", "grey.py:make", *QUICK, "--run-dir", "r", "--compile", "off"]
     assert run(train) == 2
-    assert "--input-size 1x32x32 makes its images grey" in capsys.readouterr().err
+    assert "or make its images grey by --input-size 1x32x32" in capsys.readouterr().err
     assert run([*train, "--input-size", "1x32x32"]) == 0
     train[3] = "grey.py:named"
     assert run([*train[:-3], "named", *train[-2:], "--input-size", "1x32x32"]) == 0

@@ -137,15 +137,17 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
     accuracy, whose = None, ""
     arch = registry.ARCHS.get(looked.origin.arch or "")
     made_by_us = looked.opened.payload if looked.opened else looked.packed.header if looked.packed else None
-    if made_by_us is not None:
+    stated = looked.file.accuracy._asdict() if looked.file and looked.file.accuracy else None
+    if looked.packed is not None:
+        stated = looked.packed.header["file"].get("accuracy")
+    if stated is not None:
+        accuracy, whose = stated["percent"], f"stated in the file ({stated['key']})"
+    elif made_by_us is not None:
         training = result.training_of(made_by_us)
         accuracy = result.top1_of(training)
         whose = f"measured on {training.get('measured', training).get('data', 'its data')}"
         whose += " after training it" if "recipe" in training else ""
-    elif looked.file is not None:
-        stated = looked.file.accuracy
-        accuracy, whose = (stated.percent, f"stated in the file ({stated.key})") if stated else (None, "")
-    elif arch is not None and (published := paper.accuracy(arch)) is not None:
+    elif looked.file is None and arch is not None and (published := paper.accuracy(arch)) is not None:
         accuracy, whose = published.raw, f"published for {arch.data}, RepBNN {published.table}"
     name = Path(looked.target).name if looked.file or made_by_us else looked.target
     return side_by_side.Entry(

@@ -140,8 +140,10 @@ def _about(found: Examined) -> dict[str, Any]:
     training = result.training_of(found.opened.payload) if found.opened else {}
     recipe = training.get("recipe_text") or (found.file.metadata.get("recipe_text") if found.file else None)
     sha256 = found.opened.payload["sha256"] if found.opened else found.file.sha256 if found.file else None
-    return {"file": {"name": Path(found.target).name, "sha256": sha256},
-            "training": {"top1": result.top1_of(training), "recipe_text": recipe}}  # fmt: skip
+    stated = found.file.accuracy._asdict() if found.file and found.file.accuracy else None
+    said = {key: training[key] for key in ("recipe", "data", "measured") if key in training}
+    return {"file": {"name": Path(found.target).name, "sha256": sha256, "accuracy": stated},
+            "training": said | {"top1": result.top1_of(training), "recipe_text": recipe}}  # fmt: skip
 
 
 def _batches(text: str) -> list[int]:

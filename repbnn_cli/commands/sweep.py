@@ -104,12 +104,11 @@ def _check(experiment: Experiment, budget: Budget, device: str | None) -> None:
         if file is not None and transforms and result.payload_in(file) is not None:
             raise UsageError(f"{made.name}: networks: {name} is a result of `repbnn transform`, which "
                              f"variants.{transforms} would transform again; name its source")  # fmt: skip
-        if origin:
-            targets.found(name, **origin)
+        known = targets.found(name, **origin).source if origin else None
         if made.recipe is not None:
             recipe = recipes.load(made.recipe, arch)
-        elif arch is not None:
-            recipe = recipes.for_network(source.zoo_origin(arch))
+        elif known is not None or arch is not None:
+            recipe = recipes.for_network(known.origin if known else source.zoo_origin(str(arch)))
         else:
             continue
         for variant in made.variants.values():
@@ -206,7 +205,7 @@ def _run_all(
     running, failed = _Running(), []
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
-    def succeeds(cell: Cell, step: Sequence[str]) -> bool:
+    def ran(cell: Cell, step: Sequence[str]) -> bool:
         log = folder / sweeps.LOGS / f"{cell.name}.log"
         code = running.run(step, log, threads)
         if code and not running.stopped:
@@ -217,14 +216,14 @@ def _run_all(
     def transform(cell: Cell) -> None:
         if not _finished(folder, cell):
             for step in _steps(experiment, cell, budget, folder, device)[:-1]:
-                succeeds(cell, step)
+                ran(cell, step)
 
     def train(cell: Cell) -> None:
         if _finished(folder, cell):
             views.say(f"{cell.name}: finished before")
         elif cell.name not in failed and not running.stopped:
             views.say(f"{cell.name}: begins")
-            if succeeds(cell, _steps(experiment, cell, budget, folder, device)[-1]):
+            if ran(cell, _steps(experiment, cell, budget, folder, device)[-1]):
                 views.say(f"{cell.name}: {runs.read(folder / cell.name).best_top1:.2f} % best top-1")
 
     def guarded(work: Callable[[Cell], None], cell: Cell) -> None:

@@ -67,7 +67,7 @@ class Dataset:
 
     def in_grey(self) -> Dataset:
         """The same images with one channel."""
-        train, test = (Split(grey(s.images), s.labels) for s in (self.train, self.test))
+        train, test = (Split(torch.cat([*map(grey, s.images.split(4096))]), s.labels) for s in (self.train, self.test))
         return replace(self, train=train, test=test)
 
 

@@ -7,6 +7,7 @@ can replace the kernel of a call, which is how the merged-kernel identity is che
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,6 +196,20 @@ def _levels(distinct: Tensor, tolerance: float) -> Tensor:
         return distinct
     nearest = torch.where(last <= 0, last, first)
     return torch.where((first <= apart) & (last >= -apart), 0, nearest)
+
+
+def binarises(function: Callable[[Tensor], Any], given: object, result: object) -> bool:
+    """Whether a function was seen to give each element its sign, or one of two values: of real numbers, and wherever
+    the element stands, which it does not where it mixes them."""
+    if not isinstance(given, Tensor) or not isinstance(result, Tensor) or given.shape != result.shape:
+        return False
+    if value_bits(result) != 1 or value_bits(given) == 1:
+        return False
+    order = torch.randperm(given.numel(), generator=torch.Generator().manual_seed(0)).to(given.device)
+    with torch.no_grad(), contextlib.suppress(Exception):  # the user's code, on what it may not expect
+        elsewhere = function(given.detach().flatten()[order].view(given.shape))
+        return torch.allclose(elsewhere.flatten(), result.detach().flatten()[order], rtol=1e-4)
+    return False
 
 
 def value_bits(values: Tensor) -> int:

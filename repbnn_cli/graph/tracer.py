@@ -25,7 +25,7 @@ from repbnn_cli.binary_conv import BinaryConv2d
 from repbnn_cli.errors import CaptureError
 from repbnn_cli.graph import products
 from repbnn_cli.graph.interception import FunctionCall, recording
-from repbnn_cli.graph.probe import CALLED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvCalls, facts, value_bits
+from repbnn_cli.graph.probe import CALLED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvCalls, binarises, facts, value_bits
 from repbnn_cli.graph.proxies import (
     INPLACE,
     Method,
@@ -133,8 +133,6 @@ class Tracer(fx.Tracer):
         if len(multiplied) == 2 and all(isinstance(v, Tensor) for v in multiplied) and not self.shapes_only:
             # A layer's outputs may have few values by chance, so that more bits than signs take count as real ones.
             node.meta["bits"] = tuple(bits if (bits := value_bits(v)) <= 2 else 32 for v in multiplied)
-        if isinstance(node.target, FunctionCall) and isinstance(value, Tensor) and not self.shapes_only:
-            node.meta["bits_given"] = value_bits(value)
         self.values[node] = hollow(value) if self.shapes_only else value
         return node
 
@@ -224,7 +222,22 @@ class Tracer(fx.Tracer):
             return self._run_leaf(node, args, kwargs)
         if node.op == "call_function" and node.target in (*CALLED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             return self._run_convolution(node, args, kwargs)
-        return execute(self.root, node, args, kwargs)
+        result = execute(self.root, node, args, kwargs)
+        if isinstance(node.target, FunctionCall):
+            self._see_signs(node, result)
+        return result
+
+    def _see_signs(self, node: fx.Node, result: object) -> None:
+        """Notes whether the user's own function or module of one tensor binarises it."""
+
+        def again(x: Tensor) -> Any:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: x)
+            if node.op == "call_module":
+                return _symbolic_trace._orig_module_call(self.root.get_submodule(str(node.target)), *args, **kwargs)
+            return execute(self.root, node, args, kwargs)
+
+        if not self.shapes_only and len(node.all_input_nodes) == 1:
+            node.meta["binarises"] = binarises(again, self.values[node.all_input_nodes[0]], result)
 
     def _run_convolution(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self.convolution_calls = True
@@ -245,8 +258,8 @@ class Tracer(fx.Tracer):
                 # the call without any tracer in between
                 result = _symbolic_trace._orig_module_call(module, *args, **kwargs)
             node.meta["convs"] = [facts(c) for c in seen.calls if not c.kernel.is_meta]
-            if isinstance(result, Tensor) and not seen.calls and not any(True for _ in module.parameters()):
-                node.meta["bits_given"] = value_bits(result)  # a module of few lines that binarises, perhaps
+            if not seen.calls and not module.state_dict():
+                self._see_signs(node, result)
             return result
         finally:
             for m in hidden:

@@ -108,8 +108,7 @@ def count(call: Call) -> Count | None:
     if handler is not None:
         return handler(call)
     # A function or module of the user's own that was seen to binarise its input: a sign each.
-    binarises = call.node.meta.get("bits_given") == 1 and call.size_in == call.size_out
-    return Count(other=call.size_out) if binarises else None
+    return Count(other=call.size_out) if call.node.meta.get("binarises") else None
 
 
 def is_free_function(name: str) -> bool:

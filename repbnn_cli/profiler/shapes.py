@@ -34,7 +34,7 @@ def rep_network(plan: Plan, rep: KeptGraphModule) -> tuple[Network, dict[str, La
         layers[path] = Layer(path, "weightless", "added by the transform")
     nodes = {node.name: node for node in rep.graph.nodes}
     for source in plan.network.graph.nodes:  # how many bits values have follows from no shape
-        if (seen := source.meta.keys() & {"bits", "bits_given"}) and (step := plan.steps.get(source.name)) is not None:
+        if (seen := source.meta.keys() & {"bits", "binarises"}) and (step := plan.steps.get(source.name)) is not None:
             nodes[step.node].meta |= {key: source.meta[key] for key in seen}
     return propagate(rep, plan.network.example), layers
 

@@ -288,8 +288,8 @@ def _translate(document: Document, model: type[BaseModel], error: ErrorDetails) 
         at, kind, context = at[:-1], "too_short", {"max_length": _entries(model, at[:-1])}
     if kind in ("too_short", "too_long") and isinstance(found, tuple) and "max_length" in context:
         return document.problem(at, f"found a list of {len(found)}; expected {context['max_length']} values")
-    if kind == "too_short" and "min_length" in context:
-        return document.problem(at, f"found an empty list; expected at least {context['min_length']} value")
+    if kind == "too_short" and context.get("min_length") == 1:
+        return document.problem(at, "found an empty list; expected at least one value")
     if kind == "missing":
         return document.problem(at[:-1], f"has no {describe(at[-1])}; expected {', '.join(keys_of(model, at[:-1]))}")
     if kind == "literal_error":

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from repbnn_cli import paper, zoo
+from repbnn_cli import paper, rules, zoo
 from repbnn_cli.errors import CheckpointError, UsageError
 from repbnn_cli.paper import Accuracy
 from repbnn_cli.runs import experiments
@@ -185,8 +185,11 @@ def _stated(arch: Arch, table: str, variant: Variant) -> Accuracy | None:
     """
     if variant.setting is not None or not variant.transforms:
         return paper.row(arch, table, variant.setting)
-    own = paper.setting(variant.beta or 2, variant.last_layer or "all", variant.rules or "reptran")
-    default = paper.setting(2, "all", "reptran")
+    name = variant.rules or "reptran"
+    if name not in rules.names():
+        return None
+    made = rules.load(name).with_options(variant.beta, variant.inherit, variant.last_layer).options
+    own, default = paper.setting(made.beta, made.last_layer, name), paper.setting(2, "all", "reptran")
     return None if own is None else paper.row(arch, table, None if own == default else own)
 
 

@@ -97,7 +97,8 @@ class OperatorWalk(OperandWalk):
             else:
                 first = torch.tensor(self._map(operand).first)
                 one = self._add(f"{node.name}_inputs", rep_layers.ChannelSelect(first), self._as_tiled(operand))
-            ended[operand] = one
+            # A selection leaves gaps in memory, where the source's own code may `.view` a tensor without any.
+            ended[operand] = self.graph.call_method("contiguous", (one,))
         new = self._copy_mapped(node, lambda n: ended.get(n, self._made[n].node))
         self._keep(node, new, None)
         self._plain_edit(node, rule, "first_replica")
@@ -202,11 +203,12 @@ class OperatorWalk(OperandWalk):
         what = node.target if node.op == "call_module" else operator_name(node)
         if node.target in CALLED_CONVOLUTIONS:
             ends = ", ".join(f'"{path}"' for path in self._ending(node))
+            name = f"end-{node.name.lower().replace('_', '-')}"
             self._refuse(
                 node, f"{what} applies a kernel that is computed from the input; a RepConv is made from one kernel "
                 "for all inputs", "give this layer a kernel of its own; or, where it stands at the end, as in a "
-                "tracker, give it one replica of what it takes (rule file: `rules: {end: {part: last_layer, match: "
-                f"{{path: [{ends}]}}, apply: select_inputs, share: 1_over_beta}}}}`)",
+                f"tracker, give it one replica of what it takes (rule file: `rules: {{{name}: "
+                f"{{part: last_layer, match: {{path: [{ends}]}}, apply: select_inputs, share: 1_over_beta}}}}`)",
             )  # fmt: skip
         return self._refuse(
             node, f"{what} mixes channels in a way that is not known", "write it with torch functions, or as a module "
