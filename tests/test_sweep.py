@@ -220,8 +220,9 @@ def test_a_network_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -
     ("network", "message"),
     [
         ("{checkpoint: own.pth, modle: x}", "tiny.yaml:5 networks[0].modle: unknown key 'modle'; expected one of "
-         "checkpoint, arch, model, model_args, input_size, key; nearest: model, model_args"),
-        ('{model: "own.py:make"}', "tiny.yaml:5 networks[0]: has no 'checkpoint'; expected checkpoint, arch, model"),
+         "checkpoint, name, arch, model, model_args, input_size, key; nearest: model, model_args"),
+        ('{model: "own.py:make"}',
+         "tiny.yaml:5 networks[0]: has no 'checkpoint'; expected checkpoint, name, arch, model"),
         ('{checkpoint: own.pth, model: "own.py:make", model_args: {width: 4}}', "own.pth: does not fit the model"),
         ('{checkpoint: own.pth, model: "own.py:make"}', "optimizer.lrr: unknown key 'lrr'"),
         ('{checkpoint: own.pth, model: "own.py:mak"}', "own.py:mak: no mak in own; nearest: make"),
@@ -241,6 +242,20 @@ def test_what_is_wrong_with_ones_own_network(
     error = capsys.readouterr().err
     assert message in error
     assert not (here / "runs").exists()
+
+
+def test_one_checkpoint_may_stand_for_several_networks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copyfile(RESULT.with_name("irnet_resnet20_cifar10.pth"), here / "net.pth")
+    networks = "[{checkpoint: net.pth, name: small, input_size: 3x32x32}, {checkpoint: net.pth, name: large}]"
+    (here / "tiny.yaml").write_text(TEXT.replace("[irnet_resnet20]", networks).replace("[3, 5]", "[3]"), "utf-8")
+    assert run(["sweep", "tiny.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    raw_and_transforms = [line for line in lines if "/starts/" not in line or "transform" in line]
+    assert [line.split()[2] for line in raw_and_transforms] == ["net.pth"] * 4
+    folders = [re.search(r"--run-dir (\S+)", line) for line in lines if line.startswith("repbnn finetune")]
+    assert [found and found[1] for found in folders] == [
+        f"runs/tiny/{n}-{v}-seed3" for n in ("small", "large") for v in ("raw", "beta-4")
+    ]
 
 
 def test_some_of_the_cells(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,12 +136,12 @@ def _steps(
 ) -> tuple[tuple[str, ...], ...]:
     """The commands of a cell: what is there already is not made again, a run that was begun is resumed."""
     variant, network, run_dir = cell.variant, experiment.networks[cell.network], folder / cell.name
-    start, told, steps = cell.network, network.origin, []
+    start, told, steps = network.checkpoint, network.origin, []
     if variant.transforms:
         start = str(folder / sweeps.STARTS / cell.result_name)
         how = {key: getattr(variant, key) for key in experiments.TRANSFORM}
         if not Path(start).exists():
-            steps.append(("transform", cell.network, *_options(**told, **how, seed=cell.seed), "-o", start))
+            steps.append(("transform", network.checkpoint, *_options(**told, **how, seed=cell.seed), "-o", start))
         told = {"model": network.model}  # all else the result says itself
     recipe = _options(
         **told, data=budget.data, seed=cell.seed, run_dir=run_dir, recipe=experiment.file.recipe, epochs=budget.epochs

@@ -49,6 +49,7 @@ class Network(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     checkpoint: Text = Field(description="Zoo name (trained from scratch) or checkpoint (trained further).")
+    name: Name | None = Field(None, description="What to call it, where one checkpoint stands for several networks.")
     arch: Text | None = Field(None, description="Zoo name of what the checkpoint holds, where several fit.")
     model: Text | None = Field(None, description="Your own network, file.py:callable or module:callable.")
     model_args: dict[str, Any] | None = Field(None, description="Its arguments.")
@@ -58,7 +59,7 @@ class Network(BaseModel):
     @property
     def origin(self) -> dict[str, Any]:
         """What is said of it, by the names of the commands' options."""
-        said = self.model_dump(exclude={"checkpoint"}, exclude_none=True)
+        said = self.model_dump(exclude={"checkpoint", "name"}, exclude_none=True)
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
 
 
@@ -110,7 +111,7 @@ class ExperimentFile(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment. name: its folder within the experiment's."""
+    """One run of an experiment. network: its key in `Experiment.networks`; name: its folder within the experiment's."""
 
     network: str
     variant_name: str
@@ -145,15 +146,15 @@ class Experiment:
 
     @property
     def networks(self) -> dict[str, Network]:
-        """By their names or the paths of their checkpoints."""
-        return {network.checkpoint: network for network in self.file.networks}
+        """By their names, else as their checkpoints are named."""
+        return {network.name or network.checkpoint: network for network in self.file.networks}
 
     @property
     def files(self) -> tuple[str, ...]:
         """Checkpoints, code, recipe and rule files that it names, as far as they are there."""
         code = [network.model.rpartition(":")[0] for network in self.file.networks if network.model]
         rules = [variant.rules for variant in self.file.variants.values()]
-        named = [*self.networks, *code, self.file.recipe, *rules]
+        named = [*(network.checkpoint for network in self.file.networks), *code, self.file.recipe, *rules]
         return tuple(dict.fromkeys(name for name in named if name and Path(name).is_file()))
 
     def table_of(self, variant: str) -> str | None:
@@ -163,7 +164,7 @@ class Experiment:
     def cells(self) -> tuple[Cell, ...]:
         made = self.file
         return tuple(
-            Cell(network.checkpoint, name, variant, seed)
+            Cell(network.name or network.checkpoint, name, variant, seed)
             for network in made.networks
             for name, variant in made.variants.items()
             for seed in made.seeds

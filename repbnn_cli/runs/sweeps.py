@@ -162,7 +162,7 @@ def _row(
             if (cell.network, cell.variant_name) == (network, source) and run.finished and cell.seed in finished:
                 gains.append((finished[cell.seed].best_top1 or 0.0) - (run.best_top1 or 0.0))
     table = None if variant.spread else experiment.table_of(name)  # the paper's networks start with copies alike
-    arch = zoo.ARCHS.get(network)
+    arch = zoo.ARCHS.get(experiment.networks[network].checkpoint)
     if arch is not None and not paper.same_data(arch.data, budget.data.partition(":")[0]):
         arch = None
     stated = _stated(arch, table, variant) if arch is not None and table else None
