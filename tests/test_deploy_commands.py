@@ -282,6 +282,9 @@ def test_a_packed_network_has_the_accuracy_that_it_was_measured_with_and_no_othe
     stated, as_packed = json.loads(capsys.readouterr().out)["networks"]
     assert (stated["top1"], stated["top1_from"]) == (as_packed["top1"], as_packed["top1_from"])
     assert stated["top1"] is not None
+    opened = packed.open_packed("stated.packed")
+    packed.save(packed.pack(opened.network, opened.layers, opened.origin), "plain.packed")  # nothing is said of it
+    assert run(["compare", "plain.packed"]) == 0
 
 
 def test_a_network_of_half_precision_is_timed_and_has_no_packed_form(

@@ -139,7 +139,7 @@ def entry(looked: targets.Examined) -> side_by_side.Entry:
     made_by_us = looked.opened.payload if looked.opened else looked.packed.header if looked.packed else None
     stated = looked.file.accuracy._asdict() if looked.file and looked.file.accuracy else None
     if looked.packed is not None:
-        stated = looked.packed.header["file"].get("accuracy")
+        stated = looked.packed.header.get("file", {}).get("accuracy")  # `packed.pack` in Python may say nothing
     if stated is not None:
         accuracy, whose = stated["percent"], f"stated in the file ({stated['key']})"
     elif made_by_us is not None:
