@@ -126,6 +126,25 @@ def test_values_that_were_trained_since_are_said_to_be() -> None:
     assert "the mean of those" not in story(before, "bn1").what
 
 
+class Tokens(nn.Module):
+    """A norm over the channels of tokens, (N, positions, channels)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8)
+        self.c, self.bn, self.fc = conv(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (4, 4)) + x
+        return self.fc((self.bn(self.c(x)) + x).mean((2, 3)))
+
+
+def test_a_norm_of_each_replica_is_not_said_to_take_tokens_for_channels() -> None:
+    (taken,) = story(explainer(Tokens()), "norm").inputs
+    assert taken.before == taken.after == (16, 8), "replicas are samples there"
+
+
 # -- words for any map -------------------------------------------------------------------------------------------
 
 

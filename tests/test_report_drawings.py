@@ -411,3 +411,12 @@ def test_a_flat_network_counts_its_hundreds() -> None:
     counts = [s for s in found if s.words == "140"]
     assert len(counts) == 5
     assert all(box.box[0] < s.box[0] and s.box[2] < box.box[2] for s in counts)
+
+
+def test_colours_need_no_variables_of_css() -> None:
+    """Inkscape and librsvg know none: a drawing would be black there."""
+    drawing = svg.Plot("p", "t", "d", 10, 10, svg.rect(0, 0, 5, 5, "f1")).file()
+    assert "var(" not in drawing
+    light, _, dark = drawing.partition("@media screen and (prefers-color-scheme:dark)")
+    for part in (light, dark):
+        assert re.findall(r"\.plot \.f1\{fill:(#[0-9a-f]{6})\}", part)

@@ -244,17 +244,16 @@ class Explainer:
         action = edit.action if edit is not None else ""
         layer = self.plan.layers.get(subject_of(node))
         last = layer is not None and layer.last_axis
+        unfolds = not isinstance(self._state(node), Folded)  # else it takes replicas as samples, and gives them so
         for source in node.all_input_nodes:
             value = source.meta["value"]
             if isinstance(value, Tensor) and source.op != "get_attr":
                 state = self._state(source)
                 if action == "first_replica":
                     state = None
-                elif (
-                    action not in ("", "per_replica")
-                    and not (layer and layer.per_replica)
-                    and (isinstance(state, Folded) or (state and last))
-                ):  # unfolded
+                elif action not in ("", "per_replica") and (
+                    (isinstance(state, Folded) and unfolds) or (state and last)
+                ):
                     state = plain(value.shape[-1 if last else 1], self.plan.beta)
                 yield channel_map(state, tuple(value.shape[1:]), value.ndim - 2 if last else 0)
 
