@@ -116,7 +116,7 @@ def _subject(
 def _runs_in(folder: Path) -> list[Path]:
     """A run's own folder, or the runs in a folder of runs."""
     inside = sorted(p.parent for p in folder.glob(f"*/{runs.RECORD}"))
-    return inside if inside and not (folder / runs.RECORD).is_file() else [folder]
+    return inside if inside and not runs.is_run(folder) else [folder]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -151,7 +151,7 @@ def _steps(
     fit = _options(
         distill=distill, fit=variant.fit, spread=variant.spread, latents=variant.latents, device=device or None
     )
-    resume = ["--resume"] if (run_dir / runs.RECORD).exists() else []
+    resume = ["--resume"] if runs.is_run(run_dir) else []
     return (*steps, ("finetune", start, *recipe, *sets, *fit, *resume))
 
 

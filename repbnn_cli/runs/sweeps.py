@@ -118,7 +118,7 @@ def begin(path: Path, experiment: Experiment, budget: Budget) -> None:
 def read(folder: str | os.PathLike[str]) -> Sweep:
     """The sweep in a folder, also while it runs. Raises UsageError where there is none."""
     path, experiment, budget, _ = _opened(Path(folder))
-    begun = {cell: runs.read(path / cell.name) for cell in experiment.cells if (path / cell.name / "run.json").exists()}
+    begun = {cell: runs.read(path / cell.name) for cell in experiment.cells if runs.is_run(path / cell.name)}
     rows: list[Row] = []
     for network in experiment.networks:
         sources = [n for n, variant in experiment.file.variants.items() if not variant.transforms]
